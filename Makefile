@@ -1,0 +1,47 @@
+# Everything runs in .venv, which is made from the lock files. Needs Python 3.11 and make.
+PYTHON ?= python3.11
+BIN := .venv/bin
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help install demo demo-seeds demo-squad check test lock clean
+
+help:  ## Show the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
+
+install: .venv/.installed  ## Make .venv from the lock files
+
+# --no-deps: the locks are complete, and a resolver would add a torchvision that breaks a CPU torch.
+# The CPU wheel of torch is on PyTorch's own index unless pip is configured to find it elsewhere.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps
+
+.venv/.installed: requirements/torch.lock requirements/cpu.lock requirements/dev.lock
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) -r requirements/torch.lock 2>/dev/null || $(PIP) --index-url $(TORCH_INDEX) -r requirements/torch.lock
+	$(PIP) -r requirements/cpu.lock -r requirements/dev.lock
+	$(PIP) --no-build-isolation --editable .
+	touch $@
+
+demo: install  ## The whole method on two CPU cores, with the adapted model served at the end
+	$(BIN)/past-ray run jobs/configs/demo.yaml --ask 3
+
+demo-seeds: install  ## The demo under seeds 0, 1, 2: runs/demo-seeds/report.json
+	$(BIN)/past-ray run jobs/configs/demo.yaml run_dir=runs/demo-seeds --seeds 0,1,2
+
+demo-squad: install  ## SmolLM2-135M on real SQuAD text (needs PAST_RAY_DATA)
+	$(BIN)/past-ray run jobs/configs/demo-squad.yaml
+
+check: install  ## Lint, format, types and import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+test: install  ## Unit, golden, Ray, vLLM and Serve tests on CPU
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+lock: install  ## Pin what is installed
+	$(BIN)/python requirements/lock.py
+
+clean:  ## Remove runs and caches, keep .venv
+	rm -rf runs .pytest_cache .ruff_cache
