@@ -1,0 +1,1 @@
+"""Configuration: pydantic records and their loading. Imports neither torch nor ray."""

@@ -1,0 +1,127 @@
+"""One whole PaST experiment: data, model, both training stages, the arms and where they run."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from past_ray.config.base import StrictConfig
+from past_ray.config.model import CheckpointModelConfig, ModelConfig, ScratchModelConfig
+from past_ray.config.rl import RLConfig
+from past_ray.config.runtime import RuntimeConfig
+from past_ray.config.serving import ServingConfig
+from past_ray.config.sft import SFTConfig
+from past_ray.config.task import TaskConfig, WorldTaskConfig
+
+ArmName = Literal[
+    "base",
+    "in_context",
+    "target_sft",
+    "sequential",
+    "pre_injection",
+    "past",
+    "past_two_rounds",
+    "target_rl",
+]
+"""What is compared; `docs/algorithm.md` defines each arm by its equation."""
+
+
+class EvaluationConfig(StrictConfig):
+    """One greedy decoding setting and one token cap for every arm."""
+
+    max_new_tokens: int = Field(default=8, ge=1)
+    """Token cap of an answer. A longer cap favours longer answers, so all arms share it."""
+
+    correct_at: float = Field(default=1.0, gt=0, le=1)
+    """An answer counts as correct when its grade reaches this (0.67 for gold-token recall)."""
+
+    scales: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
+    """Scales of the injection sweep; empty for none."""
+
+    dose_steps: tuple[int, ...] = ()
+    """SFT steps at which one long target SFT is evaluated with and without the skill."""
+
+    num_bootstrap: int = Field(default=2000, ge=100)
+    """Resamples behind a 95 % confidence interval."""
+
+    num_example_answers: int = Field(default=12, ge=0)
+    """Held-out questions whose answers are shown in the report, for every arm."""
+
+
+class ExperimentConfig(StrictConfig):
+    """One run of the whole method."""
+
+    name: str = "past"
+    """Title of the report."""
+
+    run_dir: Path = Path("runs/past")
+    """Everything the run writes. The same command continues an interrupted run there."""
+
+    seed: int = 0
+    """Seed of populations, orders and sampling; the scratch base has its own."""
+
+    task: TaskConfig = WorldTaskConfig()
+    """Documents and questions."""
+
+    model: ModelConfig = ScratchModelConfig()
+    """theta_base."""
+
+    sft: SFTConfig = SFTConfig()
+    """Source and target SFT: one recipe for both, so that what they share cancels."""
+
+    rl: RLConfig = RLConfig()
+    """GRPO on the source questions."""
+
+    arms: tuple[ArmName, ...] = ("base", "target_sft", "past")
+    """Arms to train and evaluate."""
+
+    skill_scale: float = 1.0
+    """lambda in ``theta_final = theta_target + lambda * v``; the paper uses 1 throughout."""
+
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """How arms are compared."""
+
+    runtime: RuntimeConfig = RuntimeConfig()
+    """Processes and placement."""
+
+    serving: ServingConfig = ServingConfig()
+    """The endpoint of the adapted model."""
+
+    @property
+    def num_rounds(self) -> int:
+        """Refinement rounds that some arm needs."""
+        return 2 if "past_two_rounds" in self.arms else 1
+
+    @property
+    def steps_per_round(self) -> int:
+        """RL steps of each of two refinement rounds; one round alone takes them all."""
+        return self.rl.num_steps // 2
+
+    @model_validator(mode="after")
+    def _check(self) -> "ExperimentConfig":
+        if "past_two_rounds" in self.arms and self.rl.num_steps % 2:
+            raise ValueError(
+                "rl.num_steps must be even to be shared by two refinement rounds, got "
+                f"{self.rl.num_steps}. Use {self.rl.num_steps + 1} or drop arm past_two_rounds."
+            )
+        if self.sft.batch_size % self.runtime.num_sft_workers:
+            raise ValueError(
+                "sft.batch_size must be a multiple of runtime.num_sft_workers, got "
+                f"{self.sft.batch_size} over {self.runtime.num_sft_workers}. Uneven ranks would "
+                "wait for each other forever."
+            )
+        if isinstance(self.model, ScratchModelConfig) and self.task.kind != "world":
+            raise ValueError(
+                "model.kind scratch knows only the miniature world, got task.kind "
+                f"{self.task.kind}. Use model.kind checkpoint or wheel."
+            )
+        if isinstance(self.model, CheckpointModelConfig) and self.task.kind == "world":
+            raise ValueError(
+                "task.kind world needs model.kind scratch: other models do not know its words."
+            )
+        if self.rl.max_new_tokens >= self.runtime.generator.max_model_len:
+            raise ValueError(
+                "rl.max_new_tokens must be below runtime.generator.max_model_len, got "
+                f"{self.rl.max_new_tokens} and {self.runtime.generator.max_model_len}."
+            )
+        return self

@@ -1,0 +1,1 @@
+"""Benchmarks and their data: tables, loaders, prompts and graders."""
