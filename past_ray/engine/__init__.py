@@ -1,0 +1,1 @@
+"""Models in one process: learner, SFT loop and generators. No Ray here."""

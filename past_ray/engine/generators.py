@@ -1,0 +1,36 @@
+"""Which generator a configuration asks for."""
+
+from pathlib import Path
+
+from past_ray.config.runtime import GeneratorConfig
+from past_ray.rl.protocols import Generator
+
+
+def build_generator(config: GeneratorConfig, model_folder: Path) -> Generator:
+    """Start the generator that ``config.backend`` names; never another one in its place.
+
+    Raises:
+        ConfigError: If the backend is not installed or refuses the settings.
+    """
+    if config.backend == "transformers":
+        from past_ray.engine.transformers_generator import TransformersGenerator
+
+        return TransformersGenerator(
+            model_folder,
+            dtype=config.dtype,
+            max_model_len=config.max_model_len,
+            max_num_seqs=config.max_num_seqs,
+        )
+    from past_ray.engine.vllm_generator import VLLMGenerator
+
+    return VLLMGenerator(
+        model_folder,
+        dtype=config.dtype,
+        max_model_len=config.max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        kv_cache_gib=config.kv_cache_gib,
+        gpu_memory_frac=config.gpu_memory_frac,
+        tensor_parallel_size=config.tensor_parallel_size,
+        enforce_eager=config.enforce_eager,
+        weight_transfer=config.weight_transfer,
+    )

@@ -1,0 +1,185 @@
+"""Engines of vLLM's weight-transfer protocol.
+
+``past_ray_in_process`` is ours: the tensors are handed over as they are, in the generator's own
+process, so it needs no second communicator and works on any device. How they got into the process
+(Ray's object store) is not its business.
+
+For NCCL nothing of ours runs inside vLLM: its ``nccl`` engine receives, and ``open_nccl_sender``
+opens the sending side in the learner. That path needs GPUs and has not been run on any.
+
+vLLM calls ``register`` in every process it starts, through the entry-point group
+``vllm.general_plugins``.
+
+Importing this module imports vLLM.
+"""
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.distributed.weight_transfer import (
+    ModuleSource,
+    TrainerWeightTransferEngine,
+    VLLMWeightSyncClient,
+    WeightTransferEngine,
+    WeightTransferEngineFactory,
+    WeightTransferTrainerFactory,
+)
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.model_executor.model_loader.reload import (
+    finalize_layerwise_reload,
+    initialize_layerwise_reload,
+)
+
+from past_ray.engine.generator_checks import check_weight_names, is_tied
+
+IN_PROCESS = "past_ray_in_process"
+"""Name under which ``InProcessWeightTransferEngine`` is registered."""
+
+TIED_HEAD = "lm_head.weight"
+"""Name of the output head, which a checkpoint with tied embeddings does not hold."""
+
+
+@dataclass
+class InProcessInitInfo(WeightTransferInitInfo):
+    """Nothing has to be agreed on beforehand."""
+
+
+@dataclass
+class InProcessUpdateInfo(WeightTransferUpdateInfo):
+    """All weights of one sync."""
+
+    weights: Mapping[str, Tensor]
+    """Full tensors under Hugging Face names, on any device, in any float dtype."""
+
+
+class InProcessWeightTransferEngine(WeightTransferEngine[InProcessInitInfo, InProcessUpdateInfo]):
+    """Loads tensors of its own process, a whole checkpoint per update.
+
+    Names are checked before the model is touched, so a refused update leaves the old weights in
+    use. An error after that leaves a model that must not be sampled from.
+    """
+
+    init_info_cls = InProcessInitInfo
+    update_info_cls = InProcessUpdateInfo
+    supports_draft_weight_update = False
+
+    def init_transfer_engine(self, init_info: InProcessInitInfo) -> None:
+        """Do nothing: there is no peer."""
+
+    def start_weight_update(self) -> None:
+        """Do nothing yet: ``receive_weights`` checks the names first."""
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        """Load one checkpoint; waits for the accelerator only where there is one."""
+        self.receive_weights(self.parse_update_info(update_info))
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize()
+
+    def receive_weights(self, update_info: InProcessUpdateInfo) -> None:
+        """Load ``update_info.weights`` through the model's own loaders.
+
+        Raises:
+            ClusterError: If a parameter is missing from the update; the old weights stay in use.
+            RuntimeError: If vLLM's loader left a parameter out; the model is then unusable.
+        """
+        check_weight_names(update_info.weights, checkpoint_names(self.model))
+        own_names = _parameter_names(self.model)
+        # Outside of a layerwise reload, loading fails on layers whose weights vLLM has repacked.
+        initialize_layerwise_reload(self.model)
+        model: Any = self.model
+        reached = model.load_weights(iter(update_info.weights.items()))
+        if missed := sorted(own_names - set(reached)):
+            raise RuntimeError(
+                f"vLLM must load every parameter of a weight sync; its loader left out {missed}. "
+                "This architecture cannot be synced; use backend=transformers."
+            )
+
+    def finish_weight_update(self) -> None:
+        """Repack what was loaded and put it into the tensors that the kernels use."""
+        finalize_layerwise_reload(self.model, self.model_config)
+        if self.device.type == "cpu" and is_tied(getattr(self.model, "config", None)):
+            # On CPU the head multiplies by a repacked copy of its weights. A tied head is not in
+            # the checkpoint, so the reload renews the embedding and leaves that copy stale.
+            head: Any = self.model.lm_head
+            head.quant_method.process_weights_after_loading(head)
+
+    def shutdown(self) -> None:
+        """Nothing is held."""
+
+
+class WorkerExtension:
+    """Methods added to vLLM's workers; reachable by ``collective_rpc``."""
+
+    def past_ray_checkpoint_names(self: Any) -> list[str]:
+        """Hugging Face names of every tensor that a full update must hold."""
+        return sorted(checkpoint_names(self.get_model()))
+
+
+@functools.cache
+def register() -> None:
+    """Make ``past_ray_in_process`` known to this process; safe to call again."""
+    WeightTransferEngineFactory.register_engine(IN_PROCESS, InProcessWeightTransferEngine)
+
+
+def checkpoint_names(model: nn.Module) -> set[str]:
+    """Hugging Face names of a vLLM model's parameters.
+
+    vLLM fuses some projections into one parameter: ``qkv_proj`` is ``q_proj``, ``k_proj`` and
+    ``v_proj`` in a checkpoint, and all three are listed.
+    """
+    packed: Mapping[str, list[str]] = getattr(model, "packed_modules_mapping", {})
+    names: set[str] = set()
+    for name in _parameter_names(model):
+        parts = name.split(".")
+        index = next((i for i, part in enumerate(parts) if part in packed), None)
+        if index is None:
+            names.add(name)
+        else:
+            for part in packed[parts[index]]:
+                names.add(".".join([*parts[:index], part, *parts[index + 1 :]]))
+    return names
+
+
+def open_nccl_sender(
+    module: nn.Module,
+    *,
+    client: VLLMWeightSyncClient,
+    address: str,
+    port: int,
+    world_size: int,
+    rank: int,
+) -> TrainerWeightTransferEngine[Any]:
+    """Open the learner's side of vLLM's NCCL engine; call on every learner rank.
+
+    Args:
+        module: The policy, plain or sharded by FSDP2; shards are gathered while sending.
+        client: The control plane of all generators.
+        address: Where rank 0 listens for the rendezvous.
+        port: Its port.
+        world_size: 1 (the sender) plus all workers of all generators.
+        rank: This learner rank; 0 sends.
+
+    Returns:
+        vLLM's sender; ``send_weights()`` on every rank is one sync.
+    """
+    from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+
+    return WeightTransferTrainerFactory.trainer_init(
+        NCCLTrainerInitInfo(
+            master_address=address, master_port=port, world_size=world_size, rank=rank
+        ),
+        client=client,
+        source=ModuleSource(module),
+    )
+
+
+def _parameter_names(model: nn.Module) -> set[str]:
+    names = {name for name, _ in model.named_parameters()}
+    return names - {TIED_HEAD} if is_tied(getattr(model, "config", None)) else names

@@ -1,0 +1,1 @@
+"""Environments that turn a policy's answers into rewards."""

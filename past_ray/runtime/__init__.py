@@ -1,0 +1,1 @@
+"""Ray shells: placement, actors and the training loops over them."""

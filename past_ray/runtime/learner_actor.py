@@ -1,0 +1,81 @@
+"""The learner as a Ray actor: one process per FSDP rank, forwarding to ``GRPOLearner``."""
+
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+
+import ray
+from torch import Tensor
+
+from past_ray.config.rl import RLConfig
+from past_ray.engine.learner import GRPOLearner
+from past_ray.engine.sharding import init_process_group
+from past_ray.rl.types import TrainSample
+
+
+class LearnerShell:
+    """What runs inside the actor process. Every method but the address is collective."""
+
+    def __init__(self, config: RLConfig, *, rank: int, world_size: int) -> None:
+        """Store the settings; ``setup`` and ``load`` do the work.
+
+        Args:
+            config: Settings of the algorithm.
+            rank: This learner, from 0.
+            world_size: Learners in all.
+        """
+        self._config = config
+        self._rank = rank
+        self._world_size = world_size
+
+    def rendezvous_address(self) -> tuple[str, int]:
+        """Return this node's address and a port that is free on it, for rank 0 to listen on."""
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return ray.util.get_node_ip_address(), probe.getsockname()[1]
+
+    def setup(self, address: tuple[str, int], backend: str) -> None:
+        """Join the other ranks.
+
+        Args:
+            address: ``rendezvous_address`` of rank 0.
+            backend: ``gloo`` computes on CPU, ``nccl`` on this process's GPU.
+        """
+        master_addr, master_port = address
+        init_process_group(
+            rank=self._rank,
+            world_size=self._world_size,
+            master_addr=master_addr,
+            master_port=master_port,
+            backend=backend,
+        )
+        self._learner = GRPOLearner(self._config, device="cuda" if backend == "nccl" else "cpu")
+
+    def load(self, checkpoint: Path, *, reference: Path | None, resume_from: Path | None) -> int:
+        """Load a checkpoint or continue a run; return the policy version."""
+        return self._learner.load(checkpoint, reference=reference, resume_from=resume_from)
+
+    def train_step(
+        self, samples: Sequence[TrainSample], *, num_loss_tokens: int
+    ) -> dict[str, float]:
+        """Take one optimizer step on this rank's samples; metrics are those of all ranks."""
+        return self._learner.train_step(samples, num_loss_tokens=num_loss_tokens)
+
+    def token_logprobs(self, samples: Sequence[TrainSample]) -> list[list[float]]:
+        """Score samples with the current weights."""
+        return self._learner.token_logprobs(samples)
+
+    def logprob_gap(self, samples: Sequence[TrainSample]) -> float:
+        """Return the largest difference to the generator's log-probabilities, in nats."""
+        return self._learner.logprob_gap(samples)
+
+    def export_weights(self) -> dict[str, Tensor]:
+        """Return all weights on rank 0, nothing on the others."""
+        return self._learner.export_weights()
+
+    def save(self, folder: Path) -> None:
+        """Write what ``load(resume_from=folder)`` needs."""
+        self._learner.save(folder)
+
+
+LearnerActor = ray.remote(LearnerShell)
