@@ -1,0 +1,1 @@
+"""Ray Serve applications. Beside ``runtime`` the only package that imports Ray."""
