@@ -1,0 +1,1 @@
+"""The whole method as named, resumable stages."""

@@ -1,0 +1,72 @@
+"""The end of a run: its table on the terminal, and the adapted model answering on an endpoint."""
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from past_ray.config.experiment import ExperimentConfig
+from past_ray.pipelines import data
+from past_ray.pipelines.stages import RunDirectory
+from past_ray.serving.auth import read_token
+from past_ray.serving.client import ask_policy, example_command
+from past_ray.serving.launch import running_policy_app
+
+ANSWER_TIMEOUT_S = 120.0
+"""A first answer may wait for an engine that is still warming up."""
+
+
+def print_arms(report: dict[str, Any], run_dir: Path) -> None:
+    """Print the arms as a table."""
+    table = Table(title=f"{report['name']}: {report['num_heldout_questions']} held-out questions")
+    for column in ("arm", "accuracy", "95 % interval", "answer tokens", "seconds", "per target"):
+        table.add_column(column, justify="left" if column == "arm" else "right")
+    for name, arm in report["arms"].items():
+        low, high = arm["ci95"]
+        table.add_row(
+            name,
+            f"{arm['accuracy']:.1%}",
+            f"{low:.1%} - {high:.1%}",
+            f"{arm['answer_tokens']:.1f}",
+            f"{arm['seconds']:.0f}",
+            f"{arm['seconds_per_new_target']:.0f}",
+        )
+    console = Console()
+    console.print(table)
+    console.print(f"report: {run_dir / 'report.html'}")
+
+
+def ask_adapted_model(config: ExperimentConfig, *, num_questions: int) -> None:
+    """Serve the adapted model, ask it held-out questions over HTTP and print the answers."""
+    console, serving = Console(), config.serving
+    run = RunDirectory(config.run_dir)
+    examples = data.load_domain(config.task, run, "target").examples()
+    shown = examples[:: max(1, len(examples) // num_questions)][:num_questions]
+    model_folder = run.root / "adapted"
+    token = read_token(token_env=serving.token_env, token_file=serving.token_file)
+    console.print(f"serving {model_folder} ...")
+    # Any free port will do here: a taken one must not spoil the end of a long run.
+    with running_policy_app(
+        serving.model_copy(update={"port": 0}), model_folder
+    ) as base_url:
+        for example in shown:
+            question = example.messages[-1]["content"]
+            answer = ask_policy(
+                base_url,
+                question,
+                model_id=serving.model_id,
+                token=token,
+                max_tokens=config.evaluation.max_new_tokens,
+                timeout_s=ANSWER_TIMEOUT_S,
+            )
+            console.print(f"  Q {question}\n  A [bold]{answer}[/bold]   (gold: {example.answer})")
+    command = example_command(
+        f"http://{serving.host}:{serving.port}",
+        shown[-1].messages[-1]["content"],
+        model_id=serving.model_id,
+        token_env=serving.token_env,
+        max_tokens=config.evaluation.max_new_tokens,
+    )
+    console.print(f"\nTo ask more:\n  past-ray serve {model_folder}")
+    console.print(f"  {command}", soft_wrap=True, highlight=False)

@@ -1,0 +1,156 @@
+"""Parametric Skill Transfer, start to finish, with the arms it is compared to.
+
+Notation of ``docs/algorithm.md``; every line below is one resumable stage::
+
+    Stage I    theta_sft,k = SFT(theta_base, source_k)
+               theta_rl,k  = RL(theta_sft,k + v_(k-1))        v_k = theta_rl,k - theta_sft,k
+    Stage II   theta_target = SFT(theta_base, target)
+               theta_final  = theta_target + scale * v        no RL and no label on the target
+
+One refinement round takes all RL steps, two rounds take half each. RL has a constant learning rate,
+so the first half of the one-round run *is* round 1 of the two-round run and is trained once.
+"""
+
+import itertools
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+from past_ray.config.experiment import ArmName, ExperimentConfig
+from past_ray.pipelines import data
+from past_ray.pipelines.laboratory import Laboratory, Stage
+from past_ray.pipelines.progress import ProgressDisplay
+from past_ray.pipelines.provenance import open_run
+from past_ray.pipelines.report import write_report
+from past_ray.pipelines.summary import geometry_stage, summarise
+from past_ray.runtime.cluster import ray_cluster
+
+logger = logging.getLogger(__name__)
+
+ONE_ROUND, TWO_ROUNDS, FIRST_OF_TWO = "one_round", "two_rounds", "first_of_two"
+"""Skill vectors of a run."""
+
+
+def run_past(config: ExperimentConfig) -> dict[str, Any]:
+    """Run, or continue, the whole experiment and return its report.
+
+    Raises:
+        ConfigError: If the run directory is another run's or the cluster cannot hold the run.
+        DataError: If a table is malformed.
+    """
+    open_run(config)
+    with ray_cluster(config.runtime):
+        with ProgressDisplay() as progress, Laboratory(config, progress) as lab:
+            stages = list(all_stages(lab))
+            progress.expect(len(stages))
+            lab.execute(stages)
+            report = summarise(lab)
+    write_report(report, config.run_dir)
+    return report
+
+
+def all_stages(lab: Laboratory) -> Iterator[Stage]:
+    """All stages of the configured arms in the order they run."""
+    yield from itertools.chain(_knowledge(lab), _skill(lab), _transfer(lab), _evaluation(lab))
+    yield geometry_stage(lab)
+
+
+def _knowledge(lab: Laboratory) -> Iterator[Stage]:
+    """SFT of every domain, always from theta_base (paper, Appendix E)."""
+    config = lab.config
+    yield lab.data()
+    yield lab.base()
+    for k in range(1, config.num_rounds + 1):
+        yield lab.sft(f"sft_source_{k}", init="base", domain=f"source_{k}")
+    yield lab.sft("sft_target", init="base", domain="target")
+    if dose := config.evaluation.dose_steps:
+        yield lab.sft(
+            "sft_dose", init="base", domain="target", num_steps=max(dose), keep_steps=dose
+        )
+
+
+def _skill(lab: Laboratory) -> Iterator[Stage]:
+    """RL on the source and the skill vectors it leaves."""
+    config = lab.config
+    two_rounds = config.num_rounds == 2
+    yield lab.rl(
+        "rl_source_1",
+        init="sft_source_1",
+        reference="sft_source_1",
+        domain="source_1",
+        num_steps=config.rl.num_steps,
+        keep_steps=(config.steps_per_round,) if two_rounds else (),
+    )
+    yield lab.extract(ONE_ROUND, rl="rl_source_1", sft="sft_source_1", refinement_round=1)
+    if not two_rounds:
+        return
+    yield lab.extract(
+        FIRST_OF_TWO,
+        rl=f"rl_source_1-step{config.steps_per_round}",
+        sft="sft_source_1",
+        refinement_round=1,
+    )
+    yield lab.inject("init_source_2", target="sft_source_2", skill=FIRST_OF_TWO, scale=1.0)
+    yield lab.rl(
+        "rl_source_2",
+        init="init_source_2",
+        reference="sft_source_2" if config.rl.kl_reference == "sft" else "init_source_2",
+        domain="source_2",
+        num_steps=config.steps_per_round,
+    )
+    yield lab.extract(
+        TWO_ROUNDS,
+        rl="rl_source_2",
+        sft="sft_source_2",
+        refinement_round=2,
+        parent=FIRST_OF_TWO,
+    )
+
+
+def _transfer(lab: Laboratory) -> Iterator[Stage]:
+    """PaST's injection, and the arms that would do something else instead."""
+    config = lab.config
+    yield lab.inject("adapted", target="sft_target", skill=ONE_ROUND, scale=config.skill_scale)
+    if "sequential" in config.arms:
+        yield lab.sft("sequential", init="rl_source_1", domain="target")
+    if "pre_injection" in config.arms:
+        yield lab.inject(
+            "base_with_skill", target="base", skill=ONE_ROUND, scale=config.skill_scale
+        )
+        yield lab.sft("pre_injection", init="base_with_skill", domain="target")
+    if "target_rl" in config.arms:
+        yield lab.rl(
+            "target_rl",
+            init="sft_target",
+            reference="sft_target",
+            domain="target",
+            num_steps=config.rl.num_steps,
+            questions=data.RL_QUESTIONS,
+        )
+
+
+def _evaluation(lab: Laboratory) -> Iterator[Stage]:
+    """Every arm, the scale sweep and the dose curve on the same held-out questions."""
+    config = lab.config
+    scale = config.skill_scale
+    arms: dict[ArmName, Stage] = {
+        "base": lab.evaluate("eval_base", model="base"),
+        "in_context": lab.evaluate("eval_in_context", model="base", in_context=True),
+        "target_sft": lab.evaluate("eval_target_sft", model="sft_target"),
+        "sequential": lab.evaluate("eval_sequential", model="sequential"),
+        "pre_injection": lab.evaluate("eval_pre_injection", model="pre_injection"),
+        "past": lab.evaluate("eval_past", model="adapted"),
+        "past_two_rounds": lab.evaluate(
+            "eval_past_two_rounds", model="sft_target", skill=TWO_ROUNDS, scale=scale
+        ),
+        "target_rl": lab.evaluate("eval_target_rl", model="target_rl"),
+    }
+    yield from (stage for arm, stage in arms.items() if arm in config.arms)
+    for swept in config.evaluation.scales:
+        yield lab.evaluate(
+            f"eval_scale_{swept:g}", model="sft_target", skill=ONE_ROUND, scale=swept
+        )
+    for steps in config.evaluation.dose_steps:
+        model = f"sft_dose-step{steps}"
+        yield lab.evaluate(f"eval_dose_{steps}_sft", model=model)
+        yield lab.evaluate(f"eval_dose_{steps}_past", model=model, skill=ONE_ROUND, scale=scale)

@@ -1,0 +1,197 @@
+"""Stage records -> the figures of the report."""
+
+import statistics
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from past_ray.build_info import git_commit, versions
+from past_ray.config.experiment import ArmName
+from past_ray.config.loading import dump_config
+from past_ray.pipelines.laboratory import Laboratory, Stage
+from past_ray.pipelines.stages import StageResult
+from past_ray.skill.checkpoint import load_weights
+from past_ray.skill.geometry import (
+    PROJECTION_MODULES,
+    ModuleCosine,
+    cosine_table,
+    mean_cosine,
+    update,
+)
+
+ADAPTATION_STAGES: dict[ArmName, tuple[str, ...]] = {
+    "base": (),
+    "in_context": (),
+    "target_sft": ("sft_target",),
+    "sequential": ("sft_source_1", "rl_source_1", "sequential"),
+    "pre_injection": (
+        "sft_source_1",
+        "rl_source_1",
+        "one_round",
+        "base_with_skill",
+        "pre_injection",
+    ),
+    "past": ("sft_source_1", "rl_source_1", "one_round", "sft_target", "adapted"),
+    "past_two_rounds": (
+        "sft_source_1",
+        "first_of_two",
+        "sft_source_2",
+        "init_source_2",
+        "rl_source_2",
+        "two_rounds",
+        "sft_target",
+    ),
+    "target_rl": ("sft_target", "target_rl"),
+}
+"""Stages behind each arm; their seconds are the arm's cost."""
+
+SOURCE_STAGES = {
+    "sft_source_1",
+    "sft_source_2",
+    "rl_source_1",
+    "rl_source_2",
+    "one_round",
+    "two_rounds",
+    "first_of_two",
+    "init_source_2",
+    "base_with_skill",
+}
+"""Paid once for all targets; the others are paid for every new target."""
+
+UPDATES = {
+    "sft_source": ("sft_source_1", "base"),
+    "rl_source": ("rl_source_1", "sft_source_1"),
+    "sft_target": ("sft_target", "base"),
+    "rl_target": ("target_rl", "sft_target"),
+}
+"""Updates whose directions are compared: (after, before)."""
+
+COSINE_PAIRS = {
+    "sft_source__rl_source": ("sft_source", "rl_source"),
+    "sft_target__rl_source": ("sft_target", "rl_source"),
+    "sft_source__sft_target": ("sft_source", "sft_target"),
+    "rl__rl": ("rl_source", "rl_target"),
+}
+"""The paper's pairs (section 5) and its same-kind controls."""
+
+
+def geometry_stage(lab: Laboratory) -> Stage:
+    """Cosine per layer and module between the updates of the run."""
+
+    def work() -> StageResult:
+        present = {
+            name: (lab.model(after), lab.model(before))
+            for name, (after, before) in UPDATES.items()
+            if lab.model(after).exists()
+        }
+        updates = {
+            name: update(load_weights(after), load_weights(before))
+            for name, (after, before) in present.items()
+        }
+        return {
+            pair: _pair(cosine_table(updates[left], updates[right]))
+            for pair, (left, right) in COSINE_PAIRS.items()
+            if left in updates and right in updates
+        }
+
+    return Stage(name="geometry", work=work)
+
+
+def summarise(lab: Laboratory) -> dict[str, Any]:
+    """Build the report from the records of all stages."""
+    config, seconds = lab.config, lab.run.stage_seconds()
+    geometry = _record(lab, "geometry")
+    evaluations = {arm: _record(lab, f"eval_{arm}") for arm in config.arms}
+    return {
+        "name": config.name,
+        "seed": config.seed,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "git_commit": git_commit(),
+        "num_heldout_questions": len(lab.domain("target").questions),
+        "arms": {arm: _arm(arm, result, seconds) for arm, result in evaluations.items()},
+        "scale_sweep": [
+            {"scale": scale, **_figures(_record(lab, f"eval_scale_{scale:g}"))}
+            for scale in config.evaluation.scales
+        ],
+        "dose_curve": [
+            {
+                "sft_steps": steps,
+                "target_sft": _record(lab, f"eval_dose_{steps}_sft")["accuracy"],
+                "past": _record(lab, f"eval_dose_{steps}_past")["accuracy"],
+            }
+            for steps in config.evaluation.dose_steps
+        ],
+        "cosines": {pair: values["mean"] for pair, values in geometry.items()},
+        "cosine_modules": {pair: values["modules"] for pair, values in geometry.items()},
+        "weight_sync": _weight_sync(lab),
+        "training": {
+            "sft": _series(lab, "losses"),
+            "rl": _series(lab, "metrics"),
+        },
+        "stage_seconds": seconds,
+        "answers": _answers(lab, evaluations),
+        "config": dump_config(config),
+    }
+
+
+def _pair(table: Sequence[ModuleCosine]) -> dict[str, Any]:
+    projections = [row for row in table if row.module in PROJECTION_MODULES]
+    return {
+        "mean": mean_cosine(table),
+        "modules": [
+            {"layer": row.layer, "module": row.module, "cosine": row.cosine} for row in projections
+        ],
+    }
+
+
+def _record(lab: Laboratory, stage: str) -> StageResult:
+    record = lab.run.finished(stage)
+    assert record is not None, f"stage {stage} has not run"
+    return record
+
+
+def _figures(evaluation: StageResult) -> dict[str, Any]:
+    return {"accuracy": evaluation["accuracy"], "ci95": evaluation["ci95"]}
+
+
+def _arm(arm: ArmName, evaluation: StageResult, seconds: dict[str, float]) -> dict[str, Any]:
+    figures = {key: value for key, value in evaluation.items() if key != "answers"}
+    stages = ADAPTATION_STAGES[arm]
+    return {
+        **figures,
+        "seconds": sum(seconds[stage] for stage in stages),
+        "seconds_per_new_target": sum(seconds[s] for s in stages if s not in SOURCE_STAGES),
+    }
+
+
+def _weight_sync(lab: Laboratory) -> dict[str, float]:
+    rows = [row for metrics in _series(lab, "metrics").values() for row in metrics]
+    return {
+        "max_logprob_gap": max(row["logprob_gap"] for row in rows),
+        "median_seconds": statistics.median(row["sync_seconds"] for row in rows),
+        "num_syncs": len(rows),
+    }
+
+
+def _series(lab: Laboratory, key: str) -> dict[str, list[Any]]:
+    """Per-step series of every stage that has ``key`` in its record."""
+    records = {stage: _record(lab, stage) for stage in lab.run.stage_seconds()}
+    return {stage: record[key] for stage, record in records.items() if key in record}
+
+
+def _answers(lab: Laboratory, evaluations: dict[ArmName, StageResult]) -> list[dict[str, Any]]:
+    """Some held-out questions, spread evenly over the table, with every arm's answer."""
+    rows = lab.domain("target").questions.to_pylist()
+    wanted = lab.config.evaluation.num_example_answers
+    shown = rows[:: max(1, len(rows) // wanted)][:wanted] if wanted else []
+    return [
+        {
+            "question": row["question"],
+            "gold": row["answer"],
+            "answers": {
+                arm: result["answers"][row["question_id"]] for arm, result in evaluations.items()
+            },
+        }
+        for row in shown
+    ]

@@ -1,0 +1,1 @@
+"""Supervised fine-tuning as pure functions: examples, masks, schedule and loss."""
