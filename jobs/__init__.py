@@ -1,1 +1,1 @@
-"""Entry points for ``ray job submit``: parse, build, call. Always run as ``python -m jobs.<name>``."""
+"""Entry points for ``ray job submit``, always run as ``python -m jobs.<name>``."""

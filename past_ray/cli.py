@@ -2,7 +2,7 @@
 
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -34,7 +34,7 @@ Seeds = Annotated[
 
 
 @contextmanager
-def user_errors() -> Iterator[None]:
+def user_errors() -> Generator[None]:
     """End the process with a message and an exit code instead of a traceback."""
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr
@@ -77,7 +77,9 @@ def run(
     config: ConfigArgument,
     overrides: Overrides = None,
     seeds: Seeds = "",
-    ask: Annotated[int, typer.Option(help="Serve the model at the end and ask it N questions.")] = 0,
+    ask: Annotated[
+        int, typer.Option(help="Serve the model at the end and ask it N questions.")
+    ] = 0,
 ) -> None:
     """Run, or continue, a whole experiment: SFT, RL, skill vector, injection, all arms."""
     run_experiment(config, overrides, seeds, ask)

@@ -57,9 +57,7 @@ class _Override:
     value: object
 
 
-def load_config(
-    model: type[ConfigT], path: Path | None, overrides: Sequence[str] = ()
-) -> ConfigT:
+def load_config(model: type[ConfigT], path: Path | None, overrides: Sequence[str] = ()) -> ConfigT:
     """Read ``path``, apply ``overrides`` and validate the result.
 
     Args:

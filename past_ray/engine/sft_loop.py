@@ -38,6 +38,7 @@ from past_ray.engine.sharding import (
     shard_model,
     sum_over_ranks,
 )
+from past_ray.errors import ConfigError
 from past_ray.sft.examples import SFTExample
 from past_ray.sft.loss import next_token_loss, padded_batch
 from past_ray.sft.schedule import cosine_learning_rate
@@ -117,7 +118,7 @@ class SFTLearner:
         """Do one optimizer step on this rank's share of the step's examples.
 
         Raises:
-            RuntimeError: The loss is not finite; the weights are those before the step.
+            ConfigError: The loss is not finite; the weights are those before the step.
         """
         started = time.perf_counter()
         step = self.next_step
@@ -133,7 +134,7 @@ class SFTLearner:
             warmup_frac=self._sft.warmup_frac,
         )
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise RuntimeError(
+            raise ConfigError(
                 f"The loss must stay finite, step {step} has loss {loss} and gradient norm "
                 f"{grad_norm}. Lower sft.learning_rate or use sft.precision fp32."
             )

@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from past_ray.config.model import (
     CheckpointModelConfig,
     ModelConfig,
@@ -109,7 +111,7 @@ def _pretrain(
 
 
 def _pretraining_examples(
-    model: ScratchModelConfig, task: WorldTaskConfig, tokenizer: Any
+    model: ScratchModelConfig, task: WorldTaskConfig, tokenizer: PreTrainedTokenizerBase
 ) -> list[SFTExample]:
     pretraining = world.pretraining_examples(**_pretraining_keys(task), seed=model.seed)
     examples: list[SFTExample] = []

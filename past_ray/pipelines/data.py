@@ -107,9 +107,7 @@ def question_kind(task: TaskConfig, question_id: str) -> str:
     return str(world.question_kind(question_id)) if task.kind == "world" else "all"
 
 
-def _write_world(
-    task: WorldTaskConfig, run: RunDirectory, *, num_rounds: int, seed: int
-) -> None:
+def _write_world(task: WorldTaskConfig, run: RunDirectory, *, num_rounds: int, seed: int) -> None:
     for name in domain_names(num_rounds):
         people = world.build_population(name=name, num_people=task.num_people, seed=seed)
         rows = world.questions(
@@ -133,9 +131,7 @@ def _write_squad(task: SquadTaskConfig, run: RunDirectory, *, num_rounds: int) -
     for source in passages.values():
         squad.check_disjoint_titles(source, target)
     for name, members in {**passages, "target": target}.items():
-        documents, questions = squad.passage_tables(
-            members, num_completions=task.num_completions
-        )
+        documents, questions = squad.passage_tables(members, num_completions=task.num_completions)
         write_documents(run.tables(name) / DOCUMENTS, documents)
         write_questions(run.tables(name) / QUESTIONS, questions)
 

@@ -47,9 +47,7 @@ def ask_adapted_model(config: ExperimentConfig, *, num_questions: int) -> None:
     token = read_token(token_env=serving.token_env, token_file=serving.token_file)
     console.print(f"serving {model_folder} ...")
     # Any free port will do here: a taken one must not spoil the end of a long run.
-    with running_policy_app(
-        serving.model_copy(update={"port": 0}), model_folder
-    ) as base_url:
+    with running_policy_app(serving.model_copy(update={"port": 0}), model_folder) as base_url:
         for example in shown:
             question = example.messages[-1]["content"]
             answer = ask_policy(

@@ -31,11 +31,12 @@ from past_ray.pipelines.stages import RunDirectory, StageResult
 from past_ray.runtime.cluster import cluster_supply
 from past_ray.runtime.controller import RLRun, checkpoint_folder, train_grpo
 from past_ray.runtime.placement import fits_together
+from past_ray.runtime.rollout_worker import chat_codec
 from past_ray.runtime.session import RLSession
 from past_ray.runtime.sft_trainer import train_sft
 from past_ray.sft.examples import document_examples
-from past_ray.skill.artefact import extract_to_folder, inject_to_folder, load_skill
 from past_ray.skill.arithmetic import inject_skill_vector
+from past_ray.skill.artefact import extract_to_folder, inject_to_folder, load_skill
 from past_ray.skill.checkpoint import load_weights, save_checkpoint
 from past_ray.storage import read_jsonl
 from past_ray.tasks.examples import QAExample
@@ -86,9 +87,7 @@ class Laboratory(AbstractContextManager["Laboratory"]):
 
         def work() -> StageResult:
             config = self.config
-            prepare_tables(
-                config.task, self.run, num_rounds=config.num_rounds, seed=config.seed
-            )
+            prepare_tables(config.task, self.run, num_rounds=config.num_rounds, seed=config.seed)
             domains = {name: self.domain(name) for name in domain_names(config.num_rounds)}
             return {
                 name: {"documents": len(d.documents), "questions": len(d.questions)}
@@ -102,10 +101,8 @@ class Laboratory(AbstractContextManager["Laboratory"]):
 
         def work() -> StageResult:
             config = self.config
-            folder = prepare_base(
-                config.model, config.task, config.runtime, on_step=self._on_step
-            )
-            self._check_prompts(folder)
+            folder = prepare_base(config.model, config.task, config.runtime, on_step=self._on_step)
+            self._check_prompts()
             return {"folder": str(folder)}
 
         pretrain = getattr(self.config.model, "pretrain", None)
@@ -250,7 +247,7 @@ class Laboratory(AbstractContextManager["Laboratory"]):
         return load_domain(self.config.task, self.run, name, questions=questions)
 
     def model(self, name: str) -> Path:
-        """Folder of the model ``name``; ``base`` may lie in the cache, ``adapted`` is the product."""
+        """Folder of the model ``name``; ``base`` may be cached, ``adapted`` is the product."""
         if name == "base":
             return cached_base(self.config.model, self.config.task)
         return self.run.root / name if name == "adapted" else self.run.model(name)
@@ -302,15 +299,10 @@ class Laboratory(AbstractContextManager["Laboratory"]):
         return AutoTokenizer.from_pretrained(self.model("base"))
 
     def _prompt_ids(self, examples: Sequence[QAExample]) -> list[list[int]]:
-        tokenizer = self._tokenizer()
-        return [
-            tokenizer.apply_chat_template(
-                list(example.messages), add_generation_prompt=True, return_dict=False
-            )
-            for example in examples
-        ]
+        codec = chat_codec(self._tokenizer())
+        return [codec.render(list(example.messages)) for example in examples]
 
-    def _check_prompts(self, base: Path) -> None:
+    def _check_prompts(self) -> None:
         """Refuse questions that the engine could not take, before anything trains on them."""
         config = self.config
         limit = config.runtime.generator.max_model_len
@@ -325,5 +317,5 @@ class Laboratory(AbstractContextManager["Laboratory"]):
                     f"runtime.generator.max_model_len must hold every prompt and its answer, got "
                     f"{limit} while {len(too_long)} prompts of {name} are longer than {room} "
                     f"tokens (longest {max(lengths)}, first {too_long[0]}). Raise it to at least "
-                    f"{max(lengths) + limit - room}; prompts are never cut. Base: {base}."
+                    f"{max(lengths) + limit - room}; prompts are never cut."
                 )

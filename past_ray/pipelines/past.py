@@ -39,12 +39,15 @@ def run_past(config: ExperimentConfig) -> dict[str, Any]:
         DataError: If a table is malformed.
     """
     open_run(config)
-    with ray_cluster(config.runtime):
-        with ProgressDisplay() as progress, Laboratory(config, progress) as lab:
-            stages = list(all_stages(lab))
-            progress.expect(len(stages))
-            lab.execute(stages)
-            report = summarise(lab)
+    with (
+        ray_cluster(config.runtime),
+        ProgressDisplay() as progress,
+        Laboratory(config, progress) as lab,
+    ):
+        stages = list(all_stages(lab))
+        progress.expect(len(stages))
+        lab.execute(stages)
+        report = summarise(lab)
     write_report(report, config.run_dir)
     return report
 

@@ -3,7 +3,7 @@
 import logging
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -69,7 +69,7 @@ class ProgressDisplay:
         self._bars.update(self._stages, total=num_stages)
 
     @contextmanager
-    def stage(self, name: str, total: int | None = None) -> Iterator[None]:
+    def stage(self, name: str, total: int | None = None) -> Generator[None]:
         """Show the stage ``name`` with ``total`` steps while the block runs."""
         self._stage_index += 1
         self._stage_name, self._last_log = name, 0.0

@@ -1,7 +1,7 @@
 """What a run was asked to do and with what: written into the run directory before anything runs."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
@@ -55,8 +55,9 @@ def _check_same(before: dict[str, Any], now: dict[str, Any], run_dir: Path) -> N
         )
 
 
-def _differences(before: Any, now: Any, path: str) -> list[tuple[str, Any, Any]]:
+def _differences(before: object, now: object, path: str) -> list[tuple[str, object, object]]:
     if isinstance(before, dict) and isinstance(now, dict):
+        before, now = cast("dict[str, object]", before), cast("dict[str, object]", now)
         keys = [*before, *(key for key in now if key not in before)]
         return [
             difference

@@ -52,9 +52,7 @@ def mean_report(name: str, reports: dict[int, dict[str, Any]]) -> dict[str, Any]
             pair: fmean(run["cosines"][pair] for run in runs) for pair in runs[0]["cosines"]
         },
         "per_seed": {
-            str(seed): {
-                key: run[key] for key in ("arms", "cosines", "weight_sync", "scale_sweep")
-            }
+            str(seed): {key: run[key] for key in ("arms", "cosines", "weight_sync", "scale_sweep")}
             for seed, run in reports.items()
         },
     }

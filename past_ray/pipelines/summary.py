@@ -6,7 +6,6 @@ from datetime import UTC, datetime
 from typing import Any
 
 from past_ray.build_info import git_commit, versions
-from past_ray.config.experiment import ArmName
 from past_ray.config.loading import dump_config
 from past_ray.pipelines.laboratory import Laboratory, Stage
 from past_ray.pipelines.stages import StageResult
@@ -19,7 +18,7 @@ from past_ray.skill.geometry import (
     update,
 )
 
-ADAPTATION_STAGES: dict[ArmName, tuple[str, ...]] = {
+ADAPTATION_STAGES: dict[str, tuple[str, ...]] = {
     "base": (),
     "in_context": (),
     "target_sft": ("sft_target",),
@@ -155,7 +154,7 @@ def _figures(evaluation: StageResult) -> dict[str, Any]:
     return {"accuracy": evaluation["accuracy"], "ci95": evaluation["ci95"]}
 
 
-def _arm(arm: ArmName, evaluation: StageResult, seconds: dict[str, float]) -> dict[str, Any]:
+def _arm(arm: str, evaluation: StageResult, seconds: dict[str, float]) -> dict[str, Any]:
     figures = {key: value for key, value in evaluation.items() if key != "answers"}
     stages = ADAPTATION_STAGES[arm]
     return {
@@ -180,7 +179,7 @@ def _series(lab: Laboratory, key: str) -> dict[str, list[Any]]:
     return {stage: record[key] for stage, record in records.items() if key in record}
 
 
-def _answers(lab: Laboratory, evaluations: dict[ArmName, StageResult]) -> list[dict[str, Any]]:
+def _answers(lab: Laboratory, evaluations: dict[str, StageResult]) -> list[dict[str, Any]]:
     """Some held-out questions, spread evenly over the table, with every arm's answer."""
     rows = lab.domain("target").questions.to_pylist()
     wanted = lab.config.evaluation.num_example_answers

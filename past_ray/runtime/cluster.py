@@ -4,7 +4,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,7 +19,7 @@ GIB = 1 << 30
 
 
 @contextmanager
-def ray_cluster(config: RuntimeConfig) -> Iterator[None]:
+def ray_cluster(config: RuntimeConfig) -> Generator[None]:
     """Enter a Ray cluster that can hold ``config``; leave only what was started here.
 
     With ``address: null`` the cluster named by the environment variable ``RAY_ADDRESS`` is joined
@@ -61,7 +61,7 @@ def cluster_supply() -> dict[str, float]:
 
 
 @contextmanager
-def _own_ray(config: RuntimeConfig) -> Iterator[None]:
+def _own_ray(config: RuntimeConfig) -> Generator[None]:
     # Unix socket paths end at 107 characters, so the folder's name is short.
     temp_dir = Path(tempfile.mkdtemp(prefix="past_ray_", dir="/tmp"))
     supply = machine_supply()

@@ -40,6 +40,9 @@ from past_ray.tasks.examples import QAExample
 Handle = Any
 """An actor handle; Ray types it as Any."""
 
+WeightsRef = Any
+"""An object ref of a state dict, on its way from the learners to the generators."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SyncResult:
@@ -85,11 +88,11 @@ class RLSession:
         self._group = await asyncio.to_thread(place, config)
         indices = itertools.count()
 
-        def options(**extra: Any) -> dict[str, Any]:
-            return actor_options(config, self._group, next(indices)) | extra
+        def options() -> dict[str, Any]:
+            return actor_options(config, self._group, next(indices))
 
         self.generators = [
-            GeneratorActor.options(**options(max_concurrency=16)).remote(
+            GeneratorActor.options(max_concurrency=16, **options()).remote(
                 config.generator, self._model_folder
             )
             for _ in range(config.num_generators)
@@ -214,8 +217,10 @@ class RLSession:
         """Give every generator weights that no learner holds, as evaluation does."""
         await self._update_generators(ray.put(dict(weights)), policy_version)
 
-    async def _update_generators(self, weights: Any, policy_version: int) -> None:
-        updates = [actor.update_weights.remote(weights, policy_version) for actor in self.generators]
+    async def _update_generators(self, weights: WeightsRef, policy_version: int) -> None:
+        updates = [
+            actor.update_weights.remote(weights, policy_version) for actor in self.generators
+        ]
         try:
             await asyncio.wait_for(asyncio.gather(*updates), self._config.sync_timeout_s)
         except TimeoutError as error:

@@ -215,7 +215,8 @@ def _finished_result(
 
 def _finish(work_dir: Path, *, seconds: float) -> SFTResult:
     """Collect the result from the metrics and delete what only resumption needs."""
-    records = read_jsonl(work_dir / METRICS_FILE)
+    by_step = {int(record["step"]): record for record in read_jsonl(work_dir / METRICS_FILE)}
+    records = [by_step[step] for step in sorted(by_step)]
     losses = [float(record["loss"]) for record in records]
     num_tokens = sum(int(record["tokens"]) for record in records)
     write_json(
@@ -242,6 +243,7 @@ def _trainer(job: dict[str, Any], files: list[list[Path]], runtime: RuntimeConfi
     resources = {"CPU": runtime.cpus_per_sft_worker}
     if runtime.use_gpu:
         resources["GPU"] = 1
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -315,16 +317,25 @@ def _fit_and_follow(
 
 
 def _new_records(metrics_file: Path) -> Generator[list[dict[str, Any]]]:
-    """Yield, again and again, the complete lines that were added since the last time."""
-    position = 0
+    """Yield, again and again, the records that were added since the last time, in step order.
+
+    The file may be replaced meanwhile, and workers of a killed driver may still add a line.
+    """
+    num_seen = position = inode = 0
     while True:
-        complete = b""
+        fresh: list[dict[str, Any]] = []
         if metrics_file.exists():
             with metrics_file.open("rb") as file:
+                current = os.fstat(file.fileno()).st_ino
+                position, inode = (position if current == inode else 0), current
                 file.seek(position)
                 complete, newline, _ = file.read().rpartition(b"\n")
             position += len(complete) + len(newline)
-        yield [json.loads(line) for line in complete.splitlines()]
+            for record in map(json.loads, complete.splitlines()):
+                if record["step"] == num_seen:
+                    fresh.append(record)
+                    num_seen += 1
+        yield fresh
 
 
 @contextlib.contextmanager

@@ -327,4 +327,3 @@ inject_to_folder(Path("target_sft"), Path("this_folder"), Path("adapted"), scale
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
-

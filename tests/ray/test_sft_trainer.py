@@ -64,7 +64,9 @@ def train(tiny_folder, tmp_path, *, num_workers=1, name="out", seed=0, **options
         init_folder=tiny_folder,
         out_folder=tmp_path / name,
         sft=SFTConfig(**(SFT | changes)),
-        runtime=RuntimeConfig(num_sft_workers=num_workers, cpus_per_sft_worker=0.25),
+        runtime=RuntimeConfig(
+            num_sft_workers=num_workers, cpus_per_sft_worker=0.25, cpus_for_data=0.5
+        ),
         seed=seed,
         work_dir=tmp_path / f"{name}-work",
         **options,
@@ -152,8 +154,8 @@ def test_impossible_requests_are_refused_before_anything_starts(cluster, tiny_fo
 
 
 def test_a_failing_worker_raises_its_own_error(cluster, tiny_folder, tmp_path):
-    with pytest.raises(Exception, match="must stay finite"):
-        train(tiny_folder, tmp_path, sft={"learning_rate": 1e38, "max_grad_norm": 1e30})
+    with pytest.raises(ConfigError, match=r"must stay finite.* sft.learning_rate"):
+        train(tiny_folder, tmp_path, sft={"learning_rate": 1e30})
 
 
 LONG = {"num_steps": 300, "checkpoint_every_steps": 40}

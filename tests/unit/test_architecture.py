@@ -120,7 +120,9 @@ def test_every_config_field_has_a_docstring():
     assert bare == []
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "jobs" / "configs").glob("*.yaml")), ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "jobs" / "configs").glob("*.yaml")), ids=lambda p: p.name
+)
 def test_every_job_config_validates(path):
     load_config(ExperimentConfig, path, [])
 

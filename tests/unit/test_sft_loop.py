@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from past_ray.config.sft import LoraConfig, SFTConfig
 from past_ray.engine.sft_loop import SFTLearner, split_into_micro_batches
+from past_ray.errors import ConfigError
 from past_ray.sft.examples import SFTExample
 from past_ray.skill.checkpoint import load_weights
 from tests.tiny_model import make_tiny_model
@@ -146,5 +147,5 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_the_setting_to_change(tiny
     run = learner(tiny_folder)
     with torch.no_grad():
         next(run._model.parameters()).fill_(float("nan"))
-    with pytest.raises(RuntimeError, match="learning_rate"):
+    with pytest.raises(ConfigError, match="learning_rate"):
         run.train_step(BATCH)
