@@ -3,10 +3,41 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from past_ray.config.base import StrictConfig
 from past_ray.config.sft import SFTConfig
+
+
+class WorldCorpusConfig(StrictConfig):
+    """What the scratch model is pre-trained on: people of the world whom nobody meets again."""
+
+    num_people: int = Field(default=400, ge=2)
+    """People with documents."""
+
+    num_people_with_questions: int = Field(default=200, ge=1)
+    """Those of them with questions, which teach the model to answer a little."""
+
+    num_paraphrases: int = Field(default=8, ge=1)
+    """Documents about each person."""
+
+    num_pairs: int = Field(default=3, ge=0)
+    """Two-fact questions per person and repeat."""
+
+    num_comparisons: int = Field(default=5, ge=0)
+    """Comparison questions per person and repeat."""
+
+    question_repeats: int = Field(default=3, ge=1)
+    """How often questions are drawn anew; sets their share of the corpus."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "WorldCorpusConfig":
+        if self.num_people_with_questions > self.num_people:
+            raise ValueError(
+                "num_people_with_questions must not exceed num_people, got "
+                f"{self.num_people_with_questions} of {self.num_people}."
+            )
+        return self
 
 
 class ScratchModelConfig(StrictConfig):
@@ -35,6 +66,9 @@ class ScratchModelConfig(StrictConfig):
 
     seed: int = 0
     """Seed of the initial weights, the pre-training population and its order."""
+
+    corpus: WorldCorpusConfig = WorldCorpusConfig()
+    """The pre-training data."""
 
     pretrain: SFTConfig = SFTConfig(num_steps=2000, learning_rate=1e-3, precision="bf16")
     """The pre-training run."""

@@ -19,19 +19,10 @@ class WorldTaskConfig(StrictConfig):
     num_people: int = Field(default=60, ge=2)
     """People in each of the populations source_1, source_2 and target."""
 
-    num_pretrain_people: int = Field(default=1500, ge=2)
-    """People of the population that the scratch model is pre-trained on."""
-
-    num_pretrain_people_with_questions: int = Field(default=500, ge=1)
-    """Those of them whose questions are part of the pre-training mixture."""
-
-    question_repeats: int = Field(default=4, ge=1)
-    """How often each of their questions is drawn anew; sets the questions' share of the mixture."""
-
     num_paraphrases: int = Field(default=4, ge=1)
     """Documents about each person, each wording every attribute differently."""
 
-    num_pairs: int = Field(default=2, ge=0)
+    num_pairs: int = Field(default=3, ge=0)
     """Questions per person that need two facts."""
 
     num_comparisons: int = Field(default=2, ge=0)

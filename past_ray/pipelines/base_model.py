@@ -21,9 +21,7 @@ from past_ray.config.model import (
     WheelModelConfig,
 )
 from past_ray.config.runtime import RuntimeConfig
-from past_ray.config.task import TaskConfig, WorldTaskConfig
 from past_ray.engine.models import check_model_folder, init_scratch_model, unpack_wheel_model
-from past_ray.errors import ConfigError
 from past_ray.runtime.sft_trainer import train_sft
 from past_ray.sft.examples import SFTExample, chat_example, document_examples
 from past_ray.tasks import world
@@ -34,7 +32,7 @@ RECIPE_VERSION = 1
 OnStep = Callable[[Mapping[str, float]], None]
 
 
-def cached_base(model: ModelConfig, task: TaskConfig) -> Path:
+def cached_base(model: ModelConfig) -> Path:
     """Folder of theta_base, which may not exist yet."""
     match model:
         case CheckpointModelConfig():
@@ -42,19 +40,16 @@ def cached_base(model: ModelConfig, task: TaskConfig) -> Path:
         case WheelModelConfig():
             return _cache() / f"wheel-{_digest(model.model_dump(mode='json'))}"
         case ScratchModelConfig():
-            recipe = {"model": model.model_dump(mode="json"), "task": _pretraining_keys(task)}
-            return _cache() / f"scratch-{_digest(recipe)}"
+            return _cache() / f"scratch-{_digest(model.model_dump(mode='json'))}"
 
 
-def prepare_base(
-    model: ModelConfig, task: TaskConfig, runtime: RuntimeConfig, *, on_step: OnStep
-) -> Path:
+def prepare_base(model: ModelConfig, runtime: RuntimeConfig, *, on_step: OnStep) -> Path:
     """Return the folder of theta_base, making it first where the cache has none.
 
     Raises:
         ConfigError: If the folder is no Hugging Face model, or the wheel is not installed.
     """
-    folder = cached_base(model, task)
+    folder = cached_base(model)
     match model:
         case CheckpointModelConfig():
             pass
@@ -67,10 +62,8 @@ def prepare_base(
                     rope_theta=model.rope_theta,
                 )
         case ScratchModelConfig():
-            if not isinstance(task, WorldTaskConfig):
-                raise ConfigError(f"model.kind scratch needs task.kind world, got {task.kind}.")
             if not folder.exists():
-                _pretrain(folder, model, task, runtime, on_step)
+                _pretrain(folder, model, runtime, on_step)
     check_model_folder(folder)
     return folder
 
@@ -78,7 +71,6 @@ def prepare_base(
 def _pretrain(
     folder: Path,
     model: ScratchModelConfig,
-    task: WorldTaskConfig,
     runtime: RuntimeConfig,
     on_step: OnStep,
 ) -> None:
@@ -97,7 +89,7 @@ def _pretrain(
         seed=model.seed,
     )
     train_sft(
-        examples=_pretraining_examples(model, task, tokenizer),
+        examples=_pretraining_examples(model, tokenizer),
         init_folder=start,
         out_folder=folder,
         sft=model.pretrain,
@@ -111,9 +103,9 @@ def _pretrain(
 
 
 def _pretraining_examples(
-    model: ScratchModelConfig, task: WorldTaskConfig, tokenizer: PreTrainedTokenizerBase
+    model: ScratchModelConfig, tokenizer: PreTrainedTokenizerBase
 ) -> list[SFTExample]:
-    pretraining = world.pretraining_examples(**_pretraining_keys(task), seed=model.seed)
+    pretraining = world.pretraining_examples(**model.corpus.model_dump(), seed=model.seed)
     examples: list[SFTExample] = []
     for example in pretraining:
         if example.question is None:
@@ -124,19 +116,6 @@ def _pretraining_examples(
             message = {"role": "user", "content": example.question}
             examples.append(chat_example([message], example.text, tokenizer))
     return examples
-
-
-def _pretraining_keys(task: TaskConfig) -> dict[str, int]:
-    if not isinstance(task, WorldTaskConfig):
-        return {}
-    return {
-        "num_people": task.num_pretrain_people,
-        "num_people_with_questions": task.num_pretrain_people_with_questions,
-        "num_paraphrases": task.num_paraphrases,
-        "num_pairs": task.num_pairs,
-        "num_comparisons": task.num_comparisons,
-        "question_repeats": task.question_repeats,
-    }
 
 
 def _cache() -> Path:

@@ -101,7 +101,7 @@ class Laboratory(AbstractContextManager["Laboratory"]):
 
         def work() -> StageResult:
             config = self.config
-            folder = prepare_base(config.model, config.task, config.runtime, on_step=self._on_step)
+            folder = prepare_base(config.model, config.runtime, on_step=self._on_step)
             self._check_prompts()
             return {"folder": str(folder)}
 
@@ -249,7 +249,7 @@ class Laboratory(AbstractContextManager["Laboratory"]):
     def model(self, name: str) -> Path:
         """Folder of the model ``name``; ``base`` may be cached, ``adapted`` is the product."""
         if name == "base":
-            return cached_base(self.config.model, self.config.task)
+            return cached_base(self.config.model)
         return self.run.root / name if name == "adapted" else self.run.model(name)
 
     def session(self) -> RLSession:

@@ -16,6 +16,8 @@ from past_ray.runtime.placement import check_supply
 logger = logging.getLogger(__name__)
 
 GIB = 1 << 30
+FOLDER_PARENT = Path("/tmp")
+FOLDER_PREFIX = "past_ray_"
 
 
 @contextmanager
@@ -36,10 +38,10 @@ def ray_cluster(config: RuntimeConfig) -> Generator[None]:
     address = config.address or os.environ.get("RAY_ADDRESS") or "local"
     if address == "local":
         check_supply(config, machine_supply())
-        with _own_ray(config):
+        with own_ray(object_store_bytes=int(config.object_store_gib * GIB)):
             yield
         return
-    ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     try:
         check_supply(config, cluster_supply())
         yield
@@ -61,23 +63,39 @@ def cluster_supply() -> dict[str, float]:
 
 
 @contextmanager
-def _own_ray(config: RuntimeConfig) -> Generator[None]:
+def own_ray(*, object_store_bytes: int | None = None) -> Generator[None]:
+    """Start a Ray of our own on this machine; end it and remove its files on the way out.
+
+    Args:
+        object_store_bytes: Size of the object store; None takes Ray's share of the memory.
+    """
+    _remove_dead_folders()
     # Unix socket paths end at 107 characters, so the folder's name is short.
-    temp_dir = Path(tempfile.mkdtemp(prefix="past_ray_", dir="/tmp"))
+    folder = Path(tempfile.mkdtemp(prefix=f"{FOLDER_PREFIX}{os.getpid()}_", dir=FOLDER_PARENT))
     supply = machine_supply()
+    # Usage statistics would cost a process of their own.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     ray.init(
         address="local",
         num_cpus=int(supply["CPU"]),
         num_gpus=int(supply["GPU"]),
-        object_store_memory=int(config.object_store_gib * GIB),
+        object_store_memory=object_store_bytes,
         include_dashboard=False,
         log_to_driver=False,
-        logging_level=logging.WARNING,
-        _temp_dir=str(temp_dir),
+        logging_level=logging.ERROR,
+        _temp_dir=str(folder),
     )
-    logger.info("started Ray with %s, logs under %s", supply, temp_dir)
+    logger.info("started Ray with %s, logs under %s", supply, folder)
     try:
         yield
     finally:
         ray.shutdown()
-        shutil.rmtree(temp_dir, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_dead_folders() -> None:
+    """Remove what processes left that were killed before they could."""
+    for folder in FOLDER_PARENT.glob(f"{FOLDER_PREFIX}*_*"):
+        pid = folder.name.removeprefix(FOLDER_PREFIX).split("_")[0]
+        if pid.isdigit() and not Path("/proc", pid).exists() and Path("/proc").exists():
+            shutil.rmtree(folder, ignore_errors=True)

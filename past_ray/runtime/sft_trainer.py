@@ -5,28 +5,26 @@
     train_sft (driver)          writes the plan, starts Ray Train, tails metrics.jsonl
         |  TorchTrainer(datasets={"shard_0": ..., "shard_1": ...})
         v
-    _run_rank (one worker per rank)     get_dataset_shard("shard_RANK") -> SFTLearner.train_step
-        |                               rank 0 appends to metrics.jsonl
+    sft_rank.run_rank (worker)  get_dataset_shard("shard_RANK") -> SFTLearner.train_step
+        |                       rank 0 appends to metrics.jsonl
         v
-    WORK_DIR/train/sft/checkpoint_*     weights, optimizer and records, through ray.train.report
+    WORK_DIR/train/sft/checkpoint_*   weights, optimizer and records, through ray.train.report
 
 Each rank reads a data set of its own instead of one split of a common one: a streaming split hands
 out whole blocks as they arrive, and the order inside a step would depend on its block sizes.
 """
 
 import contextlib
-import itertools
 import json
 import logging
 import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import ray
 import ray.data
@@ -41,23 +39,21 @@ from ray.train.v2.api.config import LoggingConfig
 from past_ray.config.runtime import RuntimeConfig
 from past_ray.config.sft import SFTConfig
 from past_ray.errors import ClusterError, ConfigError, PastRayError
+from past_ray.runtime.sft_rank import METRICS_FILE, RUN_NAME, kept_folder, run_rank
 from past_ray.sft.examples import SFTExample
-from past_ray.sft.plan import hash_examples, read_share, write_plan
+from past_ray.sft.plan import hash_examples, write_plan
 from past_ray.sft.schedule import example_order
 from past_ray.skill.checkpoint import hash_weights
-from past_ray.storage import append_jsonl, atomic_directory, read_jsonl, write_json, write_text
+from past_ray.storage import atomic_directory, read_jsonl, write_json
 
-if TYPE_CHECKING:
-    from past_ray.engine.sft_loop import SFTLearner
-
-METRICS_FILE = "metrics.jsonl"
 FINGERPRINT_FILE = "fingerprint.json"
 RESULT_FILE = "result.json"
-RUN_NAME = "sft"
 
-POLL_INTERVAL_S = 0.1
-"""How often metrics are passed on, and how often Ray Train looks at its workers (2 s by default,
-which a run of seconds would feel)."""
+POLL_INTERVAL_S = 0.2
+"""How often metrics are passed on, and how often Ray Train looks at its workers.
+
+Its own default of 2 s would make up a good part of a run of seconds.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -207,7 +203,7 @@ def _finished_result(
 ) -> SFTResult | None:
     """Return the result of a run that has already written all its models."""
     file = work_dir / RESULT_FILE
-    models = [out_folder, *(_kept_folder(out_folder, step) for step in keep_steps)]
+    models = [out_folder, *(kept_folder(out_folder, step) for step in keep_steps)]
     if not file.exists() or not all((model / "config.json").exists() for model in models):
         return None
     return SFTResult(**json.loads(file.read_text(encoding="utf-8")))
@@ -258,7 +254,7 @@ def _trainer(job: dict[str, Any], files: list[list[Path]], runtime: RuntimeConfi
         for rank, rank_files in enumerate(files)
     }
     return _LeanTrainer(
-        _run_rank,
+        run_rank,
         train_loop_config=job,
         torch_config=TorchConfig(backend="nccl" if runtime.use_gpu else "gloo"),
         scaling_config=ray.train.ScalingConfig(
@@ -372,94 +368,3 @@ def _explained(error: Exception) -> PastRayError:
         f"Every SFT worker must finish, but rank {rank} raised {type(cause).__name__}: {cause}. "
         "The same call continues from the last checkpoint."
     )
-
-
-def _run_rank(job: dict[str, Any]) -> None:
-    """Train one rank: runs inside a Ray Train worker."""
-    sft = SFTConfig.model_validate(job["sft"])
-    shares = _read_shares(sft)
-
-    import torch
-    from ray.train.torch import get_device
-
-    from past_ray.engine.sft_loop import SFTLearner
-
-    torch.set_num_threads(job["num_threads"])
-    learner = SFTLearner(Path(job["init_folder"]), sft, seed=job["seed"], device=str(get_device()))
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is not None:
-        with checkpoint.as_directory() as folder:
-            learner.load(Path(folder))
-    _train_all_steps(learner, shares, sft, job)
-    learner.export(Path(job["out_folder"]))
-
-
-def _read_shares(sft: SFTConfig) -> Iterator[list[SFTExample]]:
-    """Stream this rank's share of every step; reading starts now, while the model loads."""
-    # Ray Train reports every checkpoint, Ray Data that it shows no bars.
-    logging.getLogger().setLevel(logging.WARNING)
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    context = ray.train.get_context()
-    rank, num_ranks = context.get_world_rank(), context.get_world_size()
-    shard = cast(ray.data.DataIterator, ray.train.get_dataset_shard(f"shard_{rank}"))
-    batches = iter(
-        shard.iter_batches(
-            batch_size=sft.batch_size // num_ranks, batch_format="pyarrow", prefetch_batches=2
-        )
-    )
-    reader = ThreadPoolExecutor(max_workers=1)
-    first = reader.submit(next, batches)
-
-    def shares() -> Iterator[list[SFTExample]]:
-        for step, batch in enumerate(itertools.chain([first.result()], batches)):
-            columns = cast(Any, batch).to_pydict()
-            yield read_share(columns, step=step, rank=rank, num_ranks=num_ranks)
-        reader.shutdown()
-
-    return shares()
-
-
-def _train_all_steps(
-    learner: "SFTLearner",
-    shares: Iterator[list[SFTExample]],
-    sft: SFTConfig,
-    job: dict[str, Any],
-) -> None:
-    """Do the steps that are left; save checkpoints and models on the way."""
-    metrics_file = Path(job["work_dir"]) / METRICS_FILE
-    rank = ray.train.get_context().get_world_rank()
-    if rank == 0:
-        lines = [json.dumps(record.as_dict()) + "\n" for record in learner.records]
-        write_text(metrics_file, "".join(lines))
-    for step, share in enumerate(shares):
-        if step < learner.next_step:
-            continue
-        record = learner.train_step(share)
-        if rank == 0:
-            append_jsonl(metrics_file, record.as_dict())
-        num_done = step + 1
-        if num_done in job["keep_steps"]:
-            learner.export(_kept_folder(Path(job["out_folder"]), num_done))
-        if num_done % sft.checkpoint_every_steps == 0 and num_done < sft.num_steps:
-            _report_checkpoint(learner, Path(job["work_dir"]), rank=rank)
-
-
-def _report_checkpoint(learner: "SFTLearner", work_dir: Path, *, rank: int) -> None:
-    """Write a training checkpoint where Ray Train keeps it, and register it."""
-    folder = work_dir / "train" / RUN_NAME / f"checkpoint_{learner.next_step:08d}"
-    checkpoint = None
-    if rank == 0:
-        with atomic_directory(folder) as writing:
-            learner.save(writing)
-        checkpoint = ray.train.Checkpoint.from_directory(str(folder))
-    else:
-        learner.save(folder)
-    ray.train.report(
-        {"step": learner.next_step},
-        checkpoint=checkpoint,
-        checkpoint_upload_mode=ray.train.CheckpointUploadMode.NO_UPLOAD,
-    )
-
-
-def _kept_folder(out_folder: Path, num_steps: int) -> Path:
-    return out_folder.parent / f"{out_folder.name}-step{num_steps}"

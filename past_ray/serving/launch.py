@@ -12,10 +12,8 @@ States of ``running_policy_app``; what a state started is undone when the block 
 
 import logging
 import os
-import shutil
 import signal
 import socket
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Generator
@@ -28,6 +26,7 @@ from ray import serve
 
 from past_ray.config.serving import PolicyAppArgs, ServingConfig
 from past_ray.errors import ClusterError, ConfigError
+from past_ray.runtime.cluster import own_ray
 from past_ray.serving.policy_app import build_app, check_before_start
 
 logger = logging.getLogger(__name__)
@@ -124,22 +123,8 @@ def _connected_ray() -> Generator[bool]:
     if ray.is_initialized():
         yield False
         return
-    # Below /tmp: the paths of Ray's sockets must stay under 108 characters.
-    folder = Path(tempfile.mkdtemp(prefix=f"past_ray_{os.getpid()}_", dir="/tmp"))
-    try:
-        # Usage statistics would cost a process of their own.
-        with _environment("RAY_USAGE_STATS_ENABLED", "0"):
-            ray.init(
-                address="local",
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                _temp_dir=str(folder),
-            )
+    with own_ray():
         yield True
-    finally:
-        ray.shutdown()
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

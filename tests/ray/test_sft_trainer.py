@@ -65,7 +65,7 @@ def train(tiny_folder, tmp_path, *, num_workers=1, name="out", seed=0, **options
         out_folder=tmp_path / name,
         sft=SFTConfig(**(SFT | changes)),
         runtime=RuntimeConfig(
-            num_sft_workers=num_workers, cpus_per_sft_worker=0.25, cpus_for_data=0.5
+            num_sft_workers=num_workers, cpus_per_sft_worker=0.25, cpus_for_data=1
         ),
         seed=seed,
         work_dir=tmp_path / f"{name}-work",
@@ -147,7 +147,7 @@ def test_lora_trains_over_two_workers_and_saves_the_adapter(cluster, tiny_folder
 def test_impossible_requests_are_refused_before_anything_starts(cluster, tiny_folder, tmp_path):
     with pytest.raises(ConfigError, match=r"sft.batch_size .* runtime.num_sft_workers, got 6 over"):
         train(tiny_folder, tmp_path, num_workers=4)
-    with pytest.raises(ConfigError, match=r"24 \* 0.25 \+ 0.5 = 6.5 over 2"):
+    with pytest.raises(ConfigError, match=r"24 \* 0.25 \+ 1.0 = 7.0 over 2"):
         train(tiny_folder, tmp_path, num_workers=24, sft={"batch_size": 24})
     with pytest.raises(ConfigError, match="keep_steps"):
         train(tiny_folder, tmp_path, keep_steps=(13,))

@@ -1,0 +1,37 @@
+"""Start a local cluster, run ``ray job submit`` against it, end it. Arguments: run_dir, cache."""
+
+import subprocess
+import sys
+import tempfile
+
+import ray
+
+
+def main() -> int:
+    run_dir, cache = sys.argv[1:]
+    with tempfile.TemporaryDirectory(prefix="pr_", dir="/tmp") as temp_dir:
+        context = ray.init(
+            address="local",
+            num_cpus=2,
+            include_dashboard=True,
+            dashboard_port=0,
+            log_to_driver=False,
+            _temp_dir=temp_dir,
+        )
+        try:
+            return subprocess.run(
+                [
+                    *("ray", "job", "submit", "--address", f"http://{context.dashboard_url}"),
+                    *("--working-dir", "."),
+                    *("--runtime-env-json", f'{{"env_vars": {{"PAST_RAY_CACHE": "{cache}"}}}}'),
+                    *("--", sys.executable, "-m", "jobs.run_past"),
+                    *("--config", "jobs/configs/smoke.yaml", f"run_dir={run_dir}"),
+                ],
+                check=False,
+            ).returncode
+        finally:
+            ray.shutdown()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
