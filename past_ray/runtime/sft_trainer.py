@@ -120,15 +120,7 @@ def train_sft(
         "keep_steps": list(keep_steps),
         "num_threads": runtime.threads_per_process,
     }
-    order = example_order(
-        len(examples), num_steps=sft.num_steps, batch_size=sft.batch_size, seed=seed
-    )
-    with atomic_directory(work_dir / "plan") as plan_folder:
-        files = write_plan(plan_folder, examples, order, num_ranks=runtime.num_sft_workers)
-    files = [
-        [work_dir / "plan" / file.relative_to(plan_folder) for file in rank_files]
-        for rank_files in files
-    ]
+    files = _write_plan(work_dir / "plan", examples, sft, seed=seed, runtime=runtime)
     metrics_file = work_dir / METRICS_FILE
     metrics_file.unlink(missing_ok=True)
     _fit_and_follow(_trainer(job, files, runtime), metrics_file, on_step, runtime=runtime)
@@ -196,6 +188,23 @@ def _claim(
                 "start again or choose another directory."
             )
     write_json(file, fingerprint)
+
+
+def _write_plan(
+    folder: Path,
+    examples: Sequence[SFTExample],
+    sft: SFTConfig,
+    *,
+    seed: int,
+    runtime: RuntimeConfig,
+) -> list[list[Path]]:
+    """Write the plan into ``folder``, atomically; return each rank's files."""
+    order = example_order(
+        len(examples), num_steps=sft.num_steps, batch_size=sft.batch_size, seed=seed
+    )
+    with atomic_directory(folder) as writing:
+        files = write_plan(writing, examples, order, num_ranks=runtime.num_sft_workers)
+    return [[folder / file.relative_to(writing) for file in rank_files] for rank_files in files]
 
 
 def _finished_result(

@@ -84,9 +84,10 @@ def test_the_report_has_every_figure(uninterrupted):
     }
     assert report["weight_sync"]["max_logprob_gap"] < 1e-4
     assert {"stage_seconds", "seed", "versions"} <= set(report)
-    assert "<img" in (uninterrupted / "report.html").read_text() or "<svg" in (
-        uninterrupted / "report.html"
-    ).read_text()
+    assert (
+        "<img" in (uninterrupted / "report.html").read_text()
+        or "<svg" in (uninterrupted / "report.html").read_text()
+    )
 
 
 def test_scale_zero_is_the_target_sft_and_one_is_past(uninterrupted):
