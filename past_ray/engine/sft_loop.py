@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from past_ray.config.sft import LoraConfig, SFTConfig
+from past_ray.engine.adapter import add_adapter
 from past_ray.engine.sharding import (
     clip_grad_norm,
     full_state_dict,
@@ -277,21 +278,7 @@ def _load_model(init_folder: Path, sft: SFTConfig, *, seed: int) -> nn.Module:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if sft.lora is None:
         return model
-    return _add_adapter(model, sft.lora, seed=seed)
-
-
-def _add_adapter(model: PreTrainedModel, lora: LoraConfig, *, seed: int) -> nn.Module:
-    import peft  # Takes a second to import, and full fine-tuning does not need it.
-
-    adapter = peft.LoraConfig(
-        task_type="CAUSAL_LM",
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=list(lora.target_modules),
-    )
-    torch.manual_seed(seed)
-    return peft.get_peft_model(model, adapter)
+    return add_adapter(model, sft.lora, seed=seed)
 
 
 def _merge_adapter(
@@ -302,7 +289,7 @@ def _merge_adapter(
     The model in training is left alone: merging and unmerging would change its weights by rounding.
     """
     model = AutoModelForCausalLM.from_pretrained(init_folder, dtype=torch.float32)
-    wrapped = cast(Any, _add_adapter(cast(PreTrainedModel, model), lora, seed=0))
+    wrapped = cast(Any, add_adapter(cast(PreTrainedModel, model), lora, seed=0))
     # Rank 0 is alone here: nothing below may be a collective.
     unknown = wrapped.load_state_dict(adapter, strict=False).unexpected_keys
     assert not unknown, unknown

@@ -236,6 +236,10 @@ class _VLLMEngine:
         logger.info("weights of version %d in use after %.3f s", policy_version, seconds)
 
 
+CPU_BATCHED_TOKENS = 8192
+"""Prompt tokens that a CPU engine prefills together."""
+
+
 def _start_engine(
     settings: dict[str, Any], *, kv_cache_gib: float, gpu_memory_frac: float, is_nccl: bool
 ) -> "LLMEngine":
@@ -253,7 +257,14 @@ def _start_engine(
 
     weight_transfer.register()
     if current_platform.is_cpu():
-        settings = {**settings, "kv_cache_memory_bytes": int(kv_cache_gib * GIB)}
+        settings = {
+            **settings,
+            "kv_cache_memory_bytes": int(kv_cache_gib * GIB),
+            # vLLM rewinds a seeded request's random numbers after a partial prefill, which a CPU
+            # generator cannot do: prompts are prefilled whole.
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(settings["max_model_len"], CPU_BATCHED_TOKENS),
+        }
         if settings["enforce_eager"]:
             # vLLM compiles small sampling kernels even then, which costs the first call 10 s and
             # more of C++ compilation and is no faster on CPU.

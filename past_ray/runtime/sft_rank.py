@@ -85,7 +85,7 @@ def read_ahead(batches: Iterable[T], *, num_batches: int) -> Iterator[T]:
 
     An error of ``batches`` is raised where its batch would have come.
     """
-    ready: queue.Queue[T | None | Exception] = queue.Queue(maxsize=num_batches)
+    ready: queue.Queue[T | Exception | None] = queue.Queue(maxsize=num_batches)
 
     def read() -> None:
         try:

@@ -137,6 +137,15 @@ def test_a_seed_reproduces_a_completion_whatever_is_decoded_beside_it(fresh):
     assert alone.token_ids == beside.token_ids != other.token_ids
 
 
+def test_more_seeded_prompts_than_one_prefill_holds_are_all_completed(fresh):
+    # 100 prompts of 100 tokens exceed the engine's prefill budget; a seeded one must not be cut.
+    prompts = [[*LONG_PROMPT[:99], 6 + index % 50] for index in range(100)]
+    together = fresh.generate(prompts, [sampling(seed=index) for index in range(100)])
+    alone = fresh.generate(prompts[50:51], [sampling(seed=50)])[0]
+    assert [len(completion.logprobs) > 0 for completion in together] == [True] * 100
+    assert together[50].token_ids == alone.token_ids
+
+
 def test_end_of_sequence_is_kept_and_ends_the_completion(fresh):
     found = fresh.generate(
         PROMPTS[:1] * 100, [sampling(temperature=2.0, seed=seed) for seed in range(100)]
