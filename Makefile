@@ -26,7 +26,7 @@ demo: install  ## The whole method on two CPU cores, with the adapted model serv
 	$(BIN)/past-ray run jobs/configs/demo.yaml --ask 3
 
 demo-seeds: install  ## The demo under seeds 0, 1, 2: runs/demo-seeds/report.json
-	$(BIN)/past-ray run jobs/configs/demo.yaml run_dir=runs/demo-seeds --seeds 0,1,2
+	$(BIN)/past-ray run jobs/configs/demo.yaml run_dir=runs/demo-seeds evaluation.dose_steps=[] --seeds 0,1,2
 
 demo-squad: install  ## SmolLM2-135M on real SQuAD text (needs PAST_RAY_DATA)
 	$(BIN)/past-ray run jobs/configs/demo-squad.yaml

@@ -39,7 +39,7 @@ class EvaluationConfig(StrictConfig):
     """Scales of the injection sweep; empty for none."""
 
     dose_steps: tuple[int, ...] = ()
-    """SFT steps at which one long target SFT is evaluated with and without the skill."""
+    """Lengths of further target SFT runs, each evaluated with and without the skill vector."""
 
     num_bootstrap: int = Field(default=2000, ge=100)
     """Resamples behind a 95 % confidence interval."""

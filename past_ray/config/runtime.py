@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from past_ray.config.base import StrictConfig
 
@@ -95,3 +95,17 @@ class RuntimeConfig(StrictConfig):
 
     generator: GeneratorConfig = GeneratorConfig()
     """The generation engine."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "RuntimeConfig":
+        generator = self.generator
+        if generator.weight_transfer == "nccl" and not self.use_gpu:
+            raise ValueError(
+                "generator.weight_transfer nccl needs use_gpu: true, got false. Use object_store."
+            )
+        if generator.weight_transfer == "nccl" and generator.backend != "vllm":
+            raise ValueError(
+                f"generator.weight_transfer nccl needs generator.backend vllm, got "
+                f"{generator.backend}. Use object_store."
+            )
+        return self

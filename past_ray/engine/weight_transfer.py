@@ -14,14 +14,13 @@ Importing this module imports vLLM.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from vllm.distributed.weight_transfer import (
-    ModuleSource,
     TrainerWeightTransferEngine,
     VLLMWeightSyncClient,
     WeightTransferEngine,
@@ -29,6 +28,8 @@ from vllm.distributed.weight_transfer import (
     WeightTransferTrainerFactory,
 )
 from vllm.distributed.weight_transfer.base import (
+    ParamMeta,
+    WeightSource,
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
@@ -147,36 +148,54 @@ def checkpoint_names(model: nn.Module) -> set[str]:
     return names
 
 
+class StateDictSource(WeightSource):
+    """Weights of the next sync, handed over as a state dict. Has not been run on a GPU."""
+
+    def __init__(self) -> None:
+        """Start without weights."""
+        self.weights: Mapping[str, Tensor] = {}
+        """What the next ``send_weights`` sends; set it before."""
+
+    def metadata(self) -> list[ParamMeta]:
+        """Names, dtypes and shapes, in the order of sending."""
+        return [
+            ParamMeta(name, value.dtype, tuple(value.shape)) for name, value in self.weights.items()
+        ]
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        """Move one tensor after the other to this process's GPU."""
+        for name, value in self.weights.items():
+            yield name, value.cuda()
+
+
 def open_nccl_sender(
-    module: nn.Module,
+    source: StateDictSource,
     *,
     client: VLLMWeightSyncClient,
     address: str,
     port: int,
     world_size: int,
-    rank: int,
 ) -> TrainerWeightTransferEngine[Any]:
-    """Open the learner's side of vLLM's NCCL engine; call on every learner rank.
+    """Open the sending side of vLLM's NCCL engine; for one process, the group's rank 0.
 
     Args:
-        module: The policy, plain or sharded by FSDP2; shards are gathered while sending.
+        source: Where the weights of each sync will be.
         client: The control plane of all generators.
-        address: Where rank 0 listens for the rendezvous.
+        address: Where this process listens for the rendezvous.
         port: Its port.
         world_size: 1 (the sender) plus all workers of all generators.
-        rank: This learner rank; 0 sends.
 
     Returns:
-        vLLM's sender; ``send_weights()`` on every rank is one sync.
+        vLLM's sender; ``send_weights()`` is one sync.
     """
     from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
     return WeightTransferTrainerFactory.trainer_init(
         NCCLTrainerInitInfo(
-            master_address=address, master_port=port, world_size=world_size, rank=rank
+            master_address=address, master_port=port, world_size=world_size, rank=0
         ),
         client=client,
-        source=ModuleSource(module),
+        source=source,
     )
 
 

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from past_ray.config.experiment import ExperimentConfig
+from past_ray.config.serving import ServingConfig
 from past_ray.pipelines import data
 from past_ray.pipelines.stages import RunDirectory
 from past_ray.serving.auth import read_token
@@ -20,14 +21,14 @@ ANSWER_TIMEOUT_S = 120.0
 def print_arms(report: dict[str, Any], run_dir: Path) -> None:
     """Print the arms as a table."""
     table = Table(title=f"{report['name']}: {report['num_heldout_questions']} held-out questions")
-    for column in ("arm", "accuracy", "95 % interval", "answer tokens", "seconds", "per target"):
-        table.add_column(column, justify="left" if column == "arm" else "right")
+    for column in ("arm", "accuracy", "95 %", "tokens", "seconds", "per target"):
+        table.add_column(column, justify="left" if column == "arm" else "right", no_wrap=True)
     for name, arm in report["arms"].items():
         low, high = arm["ci95"]
         table.add_row(
             name,
             f"{arm['accuracy']:.1%}",
-            f"{low:.1%} - {high:.1%}",
+            f"{100 * low:.0f}-{100 * high:.0f}",
             f"{arm['answer_tokens']:.1f}",
             f"{arm['seconds']:.0f}",
             f"{arm['seconds_per_new_target']:.0f}",
@@ -42,7 +43,8 @@ def ask_adapted_model(config: ExperimentConfig, *, num_questions: int) -> None:
     console, serving = Console(), config.serving
     run = RunDirectory(config.run_dir)
     examples = data.load_domain(config.task, run, "target").examples()
-    shown = examples[:: max(1, len(examples) // num_questions)][:num_questions]
+    middles = [(2 * k + 1) * len(examples) // (2 * num_questions) for k in range(num_questions)]
+    shown = [examples[index] for index in middles]
     model_folder = run.root / "adapted"
     token = read_token(token_env=serving.token_env, token_file=serving.token_file)
     console.print(f"serving {model_folder} ...")
@@ -60,7 +62,7 @@ def ask_adapted_model(config: ExperimentConfig, *, num_questions: int) -> None:
             )
             console.print(f"  Q {question}\n  A [bold]{answer}[/bold]   (gold: {example.answer})")
     command = example_command(
-        f"http://{serving.host}:{serving.port}",
+        f"http://{serving.host}:{ServingConfig().port}",
         shown[-1].messages[-1]["content"],
         model_id=serving.model_id,
         token_env=serving.token_env,

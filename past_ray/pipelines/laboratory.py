@@ -115,7 +115,6 @@ class Laboratory(AbstractContextManager["Laboratory"]):
         init: str,
         domain: str,
         num_steps: int | None = None,
-        keep_steps: Sequence[int] = (),
     ) -> Stage:
         """SFT of the model ``init`` on the documents of ``domain``."""
         sft = self.config.sft
@@ -134,7 +133,6 @@ class Laboratory(AbstractContextManager["Laboratory"]):
                 runtime=self.config.runtime,
                 seed=self.config.seed,
                 work_dir=self.run.work(name),
-                keep_steps=tuple(keep_steps),
                 on_step=self._on_step,
             )
             return {

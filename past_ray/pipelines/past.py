@@ -58,6 +58,11 @@ def all_stages(lab: Laboratory) -> Iterator[Stage]:
     yield geometry_stage(lab)
 
 
+def dose_model(lab: Laboratory, steps: int) -> str:
+    """Model after a target SFT of ``steps`` steps, each with a full learning-rate schedule."""
+    return "sft_target" if steps == lab.config.sft.num_steps else f"sft_dose_{steps}"
+
+
 def _knowledge(lab: Laboratory) -> Iterator[Stage]:
     """SFT of every domain, always from theta_base (paper, Appendix E)."""
     config = lab.config
@@ -66,10 +71,9 @@ def _knowledge(lab: Laboratory) -> Iterator[Stage]:
     for k in range(1, config.num_rounds + 1):
         yield lab.sft(f"sft_source_{k}", init="base", domain=f"source_{k}")
     yield lab.sft("sft_target", init="base", domain="target")
-    if dose := config.evaluation.dose_steps:
-        yield lab.sft(
-            "sft_dose", init="base", domain="target", num_steps=max(dose), keep_steps=dose
-        )
+    for steps in config.evaluation.dose_steps:
+        if steps != config.sft.num_steps:
+            yield lab.sft(dose_model(lab, steps), init="base", domain="target", num_steps=steps)
 
 
 def _skill(lab: Laboratory) -> Iterator[Stage]:
@@ -154,6 +158,6 @@ def _evaluation(lab: Laboratory) -> Iterator[Stage]:
             f"eval_scale_{swept:g}", model="sft_target", skill=ONE_ROUND, scale=swept
         )
     for steps in config.evaluation.dose_steps:
-        model = f"sft_dose-step{steps}"
+        model = dose_model(lab, steps)
         yield lab.evaluate(f"eval_dose_{steps}_sft", model=model)
         yield lab.evaluate(f"eval_dose_{steps}_past", model=model, skill=ONE_ROUND, scale=scale)

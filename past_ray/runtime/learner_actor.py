@@ -1,8 +1,9 @@
 """The learner as a Ray actor: one process per FSDP rank, forwarding to ``GRPOLearner``."""
 
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import ray
 from torch import Tensor
@@ -11,6 +12,7 @@ from past_ray.config.rl import RLConfig
 from past_ray.engine.learner import GRPOLearner
 from past_ray.engine.sharding import init_process_group
 from past_ray.rl.types import TrainSample
+from past_ray.runtime.nccl_sync import NCCLSender
 
 
 class LearnerShell:
@@ -72,6 +74,20 @@ class LearnerShell:
     def export_weights(self) -> dict[str, Tensor]:
         """Return all weights on rank 0, nothing on the others."""
         return self._learner.export_weights()
+
+    def open_nccl_sender(self, generators: Sequence[Any], workers_per_generator: int) -> None:
+        """Meet the generators in an NCCL group; for rank 0 alone."""
+        address, port = self.rendezvous_address()
+        self._sender = NCCLSender(
+            generators, workers_per_generator=workers_per_generator, address=address, port=port
+        )
+
+    def send_weights(self, policy_version: int, weights: Mapping[str, Tensor] | None) -> None:
+        """Send all weights over NCCL: those given, or with None the policy's own."""
+        if weights is None:
+            weights = self._learner.export_weights()
+        if self._rank == 0:
+            self._sender.send(weights, policy_version)
 
     def save(self, folder: Path) -> None:
         """Write what ``load(resume_from=folder)`` needs."""

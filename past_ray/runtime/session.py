@@ -16,7 +16,7 @@ other weights. Everything it created ends with it.
 import asyncio
 import itertools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,6 +123,9 @@ class RLSession:
                 f"all actors must be ready within {self._config.setup_timeout_s:.0f} s. Raise "
                 "runtime.setup_timeout_s or look into the actors' logs."
             ) from error
+        if self._is_nccl:
+            size = self._config.generator.tensor_parallel_size
+            await self._in_time([self.learners[0].open_nccl_sender.remote(self.generators, size)])
 
     def close(self) -> None:
         """End every actor and give its resources back."""
@@ -200,9 +203,14 @@ class RLSession:
             ClusterError: If the sync does not end within ``runtime.sync_timeout_s``.
         """
         started = time.perf_counter()
-        refs = [learner.export_weights.remote() for learner in self.learners]
-        await self._update_generators(refs[0], policy_version)
-        await asyncio.gather(*refs[1:])
+        if self._is_nccl:
+            await self._in_time(
+                learner.send_weights.remote(policy_version, None) for learner in self.learners
+            )
+        else:
+            refs = [learner.export_weights.remote() for learner in self.learners]
+            await self._update_generators(refs[0], policy_version)
+            await asyncio.gather(*refs[1:])
         seconds = time.perf_counter() - started
         gap = await self._parity_gap(probe, temperature)
         if not gap <= self._rl.parity_tolerance:
@@ -218,16 +226,26 @@ class RLSession:
         await self._update_generators(ray.put(dict(weights)), policy_version)
 
     async def _update_generators(self, weights: WeightsRef, policy_version: int) -> None:
-        updates = [
+        if self._is_nccl:
+            await self._in_time([self.learners[0].send_weights.remote(policy_version, weights)])
+            return
+        await self._in_time(
             actor.update_weights.remote(weights, policy_version) for actor in self.generators
-        ]
+        )
+
+    async def _in_time(self, calls: Iterable[Any]) -> None:
+        """Wait for all calls of a weight sync, no longer than its timeout."""
         try:
-            await asyncio.wait_for(asyncio.gather(*updates), self._config.sync_timeout_s)
+            await asyncio.wait_for(asyncio.gather(*calls), self._config.sync_timeout_s)
         except TimeoutError as error:
             raise ClusterError(
                 f"a weight sync must end within {self._config.sync_timeout_s:.0f} s. Raise "
                 "runtime.sync_timeout_s or look into the generators' logs."
             ) from error
+
+    @property
+    def _is_nccl(self) -> bool:
+        return self._config.generator.weight_transfer == "nccl"
 
     async def _parity_gap(self, probe: Sequence[list[int]], temperature: float) -> float:
         sampling = [
