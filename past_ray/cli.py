@@ -28,9 +28,7 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(help="Dotted overrides, e.g. rl.group_size=16.", show_default=False),
 ]
-Seeds = Annotated[
-    str, typer.Option(help="Several seeds, e.g. 0,1,2; reports means under <run_dir>-seeds.")
-]
+Seeds = Annotated[str, typer.Option(help="Several seeds, e.g. 0,1,2; reports their means.")]
 
 
 @contextmanager
@@ -47,7 +45,9 @@ def user_errors() -> Generator[None]:
         typer.secho("interrupted; the same command continues", err=True, fg="yellow")
         raise typer.Exit(EXIT_INTERRUPTED) from None
     except PastRayError as error:
-        typer.secho(f"{type(error).__name__}: {error}", err=True, fg="red")
+        # Ray hands over an actor's error as a class of both; its own text is a whole traceback.
+        cause = getattr(error, "cause", None) or error
+        typer.secho(f"{type(cause).__name__}: {cause}", err=True, fg="red")
         raise typer.Exit(EXIT_FAILED) from error
 
 
@@ -58,16 +58,16 @@ def run_experiment(config: Path, overrides: list[str] | None, seeds: str, ask: i
         from past_ray.config.loading import load_config
 
         experiment = load_config(ExperimentConfig, config, overrides or [])
-        if seeds:
-            from past_ray.pipelines.seeds import run_seeds
-
-            run_seeds(experiment, [int(seed) for seed in seeds.split(",")])
-            return
         from past_ray.pipelines.demonstration import ask_adapted_model, print_arms
+
+        if seeds:
+            from past_ray.pipelines.seeds import parse_seeds, run_seeds
+
+            print_arms(run_seeds(experiment, parse_seeds(seeds)), experiment.run_dir)
+            return
         from past_ray.pipelines.past import run_past
 
-        report = run_past(experiment)
-        print_arms(report, experiment.run_dir)
+        print_arms(run_past(experiment), experiment.run_dir)
         if ask:
             ask_adapted_model(experiment, num_questions=ask)
 

@@ -10,7 +10,16 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-DEV = ("hatchling", "ruff", "pyright", "import-linter", "pytest", "pytest-timeout", "hypothesis")
+DEV = (
+    "hatchling",
+    "editables",
+    "ruff",
+    "pyright",
+    "import-linter",
+    "pytest",
+    "pytest-timeout",
+    "hypothesis",
+)
 RUNTIME_EXTRAS = ("cpu", "bench")
 IGNORED = {"past-ray", "pip", "setuptools-scm"}
 HEADER = "# Made by `make lock`. Install with --no-deps: the list is complete.\n"

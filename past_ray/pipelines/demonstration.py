@@ -20,7 +20,9 @@ ANSWER_TIMEOUT_S = 120.0
 
 def print_arms(report: dict[str, Any], run_dir: Path) -> None:
     """Print the arms as a table."""
-    table = Table(title=f"{report['name']}: {report['num_heldout_questions']} held-out questions")
+    seeds = report.get("seeds")
+    what = f"means of seeds {seeds}" if seeds else f"{report['num_heldout_questions']} questions"
+    table = Table(title=f"{report['name']}: {what}")
     for column in ("arm", "accuracy", "95 %", "tokens", "seconds", "per target"):
         table.add_column(column, justify="left" if column == "arm" else "right", no_wrap=True)
     for name, arm in report["arms"].items():

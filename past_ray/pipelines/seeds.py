@@ -6,6 +6,7 @@ from statistics import fmean
 from typing import Any
 
 from past_ray.config.experiment import ExperimentConfig
+from past_ray.errors import ConfigError
 from past_ray.pipelines.past import run_past
 from past_ray.pipelines.report import write_report
 
@@ -17,6 +18,18 @@ AVERAGED = (
     "truncated_frac",
 )
 """Figures of an arm that are averaged over seeds."""
+
+
+def parse_seeds(text: str) -> list[int]:
+    """Read ``0,1,2``.
+
+    Raises:
+        ConfigError: If it is not a list of different whole numbers.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdigit() for part in parts) or len(set(parts)) < len(parts):
+        raise ConfigError(f"--seeds must be different whole numbers such as 0,1,2, got {text!r}.")
+    return [int(part) for part in parts]
 
 
 def run_seeds(config: ExperimentConfig, seeds: Sequence[int]) -> dict[str, Any]:

@@ -149,7 +149,8 @@ class GenerateBatcher:
         try:
             outcomes = await generator.generate_each.remote(prompts, sampling)
         except Exception as error:
-            outcomes = [error] * len(requests)
+            # The actor's own error; Ray's wrapper has a whole traceback for its text.
+            outcomes = [getattr(error, "cause", None) or error] * len(requests)
         for (_, _, future), outcome in zip(requests, outcomes, strict=True):
             if future.done():
                 continue
