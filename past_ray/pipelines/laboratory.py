@@ -101,7 +101,7 @@ class Laboratory(AbstractContextManager["Laboratory"]):
 
         def work() -> StageResult:
             config = self.config
-            folder = prepare_base(config.model, config.runtime, on_step=self._on_step)
+            folder = prepare_base(config.model, config.runtime, on_step=self._on_sft_step)
             self._check_prompts()
             return {"folder": str(folder)}
 
@@ -133,7 +133,7 @@ class Laboratory(AbstractContextManager["Laboratory"]):
                 runtime=self.config.runtime,
                 seed=self.config.seed,
                 work_dir=self.run.work(name),
-                on_step=self._on_step,
+                on_step=self._on_sft_step,
             )
             return {
                 "losses": result.losses,
@@ -173,7 +173,7 @@ class Laboratory(AbstractContextManager["Laboratory"]):
                     rl,
                     examples=examples,
                     probe=self._prompt_ids(examples[: rl.num_parity_prompts]),
-                    on_step=self._on_step,
+                    on_step=self._on_rl_step,
                 )
             )
             for step in (*keep_steps, num_steps):
@@ -290,7 +290,12 @@ class Laboratory(AbstractContextManager["Laboratory"]):
             kind_of=lambda question_id: question_kind(self.config.task, question_id),
         )
 
-    def _on_step(self, row: Mapping[str, float]) -> None:
+    def _on_sft_step(self, row: Mapping[str, float]) -> None:
+        """Show a step; SFT counts them from 0."""
+        tokens_per_s = row["tokens"] / row["seconds"]
+        self._progress.step(int(row["step"]) + 1, {**row, "tokens_per_s": tokens_per_s})
+
+    def _on_rl_step(self, row: Mapping[str, float]) -> None:
         self._progress.step(int(row["step"]), row)
 
     def _tokenizer(self) -> PreTrainedTokenizerBase:

@@ -10,7 +10,8 @@ from past_ray.runtime import cluster
 def test_only_folders_of_dead_processes_are_removed(tmp_path, monkeypatch):
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
-    names = [f"past_ray_{ended.pid}_abc", f"past_ray_{os.getpid()}_abc", "past_ray_notes_1", "other"]
+    dead, living = f"past_ray_{ended.pid}_abc", f"past_ray_{os.getpid()}_abc"
+    names = [dead, living, "past_ray_notes_1", "other"]
     for name in names:
         (tmp_path / name).mkdir()
     monkeypatch.setattr(cluster, "FOLDER_PARENT", tmp_path)
