@@ -99,11 +99,6 @@ class ExperimentConfig(StrictConfig):
 
     @model_validator(mode="after")
     def _check(self) -> "ExperimentConfig":
-        if "past_two_rounds" in self.arms and self.rl.num_steps % 2:
-            raise ValueError(
-                "rl.num_steps must be even to be shared by two refinement rounds, got "
-                f"{self.rl.num_steps}. Use {self.rl.num_steps + 1} or drop arm past_two_rounds."
-            )
         if self.sft.batch_size % self.runtime.num_sft_workers:
             raise ValueError(
                 "sft.batch_size must be a multiple of runtime.num_sft_workers, got "
@@ -119,9 +114,28 @@ class ExperimentConfig(StrictConfig):
             raise ValueError(
                 "task.kind world needs model.kind scratch: other models do not know its words."
             )
+        self._check_arms()
         if self.rl.max_new_tokens >= self.runtime.generator.max_model_len:
             raise ValueError(
                 "rl.max_new_tokens must be below runtime.generator.max_model_len, got "
                 f"{self.rl.max_new_tokens} and {self.runtime.generator.max_model_len}."
             )
         return self
+
+    def _check_arms(self) -> None:
+        is_world = self.task.kind == "world"
+        if "target_rl" in self.arms and not is_world:
+            raise ValueError(
+                "arm target_rl needs target questions that nobody is evaluated on, which only "
+                f"task.kind world has, got {self.task.kind}. Drop the arm."
+            )
+        if "in_context" in self.arms and is_world:
+            raise ValueError(
+                "arm in_context needs task.kind squad or tables: the miniature world's model has "
+                "no words for its prompt. Drop the arm."
+            )
+        if "past_two_rounds" in self.arms and self.rl.num_steps % 2:
+            raise ValueError(
+                "rl.num_steps must be even to be shared by two refinement rounds, got "
+                f"{self.rl.num_steps}. Use {self.rl.num_steps + 1} or drop arm past_two_rounds."
+            )

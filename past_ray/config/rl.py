@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from past_ray.config.base import StrictConfig
 from past_ray.config.sft import LoraConfig, Precision
@@ -76,6 +76,15 @@ class RLConfig(StrictConfig):
 
     num_parity_prompts: int = Field(default=4, ge=1)
     """Fixed prompts of the parity probe."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "RLConfig":
+        if self.lora is not None and self.lora.dropout > 0:
+            raise ValueError(
+                f"lora.dropout must be 0 in RL, got {self.lora.dropout}: the learner's "
+                "log-probabilities would not be those of the generator. Remove the setting."
+            )
+        return self
 
     @property
     def rollouts_per_step(self) -> int:

@@ -71,15 +71,7 @@ class GRPOLearner:
         Args:
             config: Settings of the algorithm.
             device: ``cpu`` or a CUDA device.
-
-        Raises:
-            ConfigError: If the adapter has dropout.
         """
-        if config.lora is not None and config.lora.dropout > 0:
-            raise ConfigError(
-                f"rl.lora.dropout must be 0, got {config.lora.dropout}: with dropout the learner's "
-                "log-probabilities would not be those of the generator. Remove the setting."
-            )
         if config.kl_coefficient > 0 and config.kl_estimator == "k1":
             logger.warning(
                 "rl.kl_estimator=k1 has no effect on average: its gradient is 0 in expectation. "

@@ -26,6 +26,8 @@ def test_a_mistyped_key_is_refused_with_the_nearest_one():
         ("rl.num_steps=7", r"must be even"),
         ("sft.batch_size=3", r"sft\.batch_size must be a multiple of runtime\.num_sft_workers"),
         ("task.kind=squad", r"task"),
+        ("arms=[base, in_context]", r"arm in_context needs task\.kind squad or tables"),
+        ("rl.lora={dropout: 0.1}", r"lora\.dropout must be 0 in RL"),
         ("rl.max_new_tokens=4000", r"rl\.max_new_tokens must be below"),
         ("model={kind: checkpoint, path: /m}", r"task\.kind world needs model\.kind scratch"),
     ],

@@ -425,7 +425,7 @@ def test_penalty_without_reference_is_refused(checkpoint: Path):
 
 
 def test_adapter_dropout_is_refused(checkpoint: Path):
-    with pytest.raises(ConfigError, match=r"rl\.lora\.dropout"):
+    with pytest.raises(ValueError, match=r"lora\.dropout must be 0 in RL"):
         make_learner(checkpoint, lora=LoraConfig(dropout=0.1))
 
 
