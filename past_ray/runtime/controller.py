@@ -91,7 +91,7 @@ async def train_grpo(
         len(examples), num_steps=rl.num_steps, batch_size=rl.prompts_per_step, seed=run.seed
     )
     first_step = await _load(session, run, rl)
-    await session.sync_weights(first_step, probe=probe, temperature=rl.temperature)
+    await session.sync_weights(first_step, probe=probe)
     for step in range(first_step, rl.num_steps):
         started = time.perf_counter()
         groups = await session.collect(
@@ -108,7 +108,7 @@ async def train_grpo(
         )
         metrics = await session.train_step(samples)
         trained = time.perf_counter()
-        sync = await session.sync_weights(step + 1, probe=probe, temperature=rl.temperature)
+        sync = await session.sync_weights(step + 1, probe=probe)
         if (step + 1) % rl.checkpoint_every_steps == 0 or step + 1 in _kept(run, rl):
             await _save(session, run, rl, step + 1)
         seconds = time.perf_counter() - started

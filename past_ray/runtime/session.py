@@ -188,15 +188,12 @@ class RLSession:
         """Write what ``load_learners(resume_from=folder)`` needs."""
         await asyncio.gather(*(learner.save.remote(folder) for learner in self.learners))
 
-    async def sync_weights(
-        self, policy_version: int, *, probe: Sequence[list[int]], temperature: float
-    ) -> SyncResult:
+    async def sync_weights(self, policy_version: int, *, probe: Sequence[list[int]]) -> SyncResult:
         """Give every generator the learners' weights and check that both sides agree.
 
         Args:
             policy_version: Version of the learners' weights.
             probe: Fixed prompts, as token ids.
-            temperature: Sampling temperature of the run.
 
         Raises:
             ParityError: If the gap exceeds ``rl.parity_tolerance``.
@@ -212,7 +209,7 @@ class RLSession:
             await self._update_generators(refs[0], policy_version)
             await asyncio.gather(*refs[1:])
         seconds = time.perf_counter() - started
-        gap = await self._parity_gap(probe, temperature)
+        gap = await self._parity_gap(probe)
         if not gap <= self._rl.parity_tolerance:
             raise ParityError(
                 f"generator and learner must agree within {self._rl.parity_tolerance:g} nats after "
@@ -247,9 +244,9 @@ class RLSession:
     def _is_nccl(self) -> bool:
         return self._config.generator.weight_transfer == "nccl"
 
-    async def _parity_gap(self, probe: Sequence[list[int]], temperature: float) -> float:
+    async def _parity_gap(self, probe: Sequence[list[int]]) -> float:
         sampling = [
-            SamplingParams(temperature=temperature, max_new_tokens=8, seed=index)
+            SamplingParams(temperature=self._rl.temperature, max_new_tokens=8, seed=index)
             for index in range(len(probe))
         ]
         answers: list[list[Completion]] = await asyncio.gather(

@@ -33,7 +33,7 @@ def test_generator_and_learner_agree_after_a_sync_of_other_weights(tmp_path, wei
     async def synced():
         await session.open()
         await session.load_learners(other, reference=None, resume_from=None)
-        return await session.sync_weights(0, probe=[[4, 8, 12, 5]], temperature=1.0)
+        return await session.sync_weights(0, probe=[[4, 8, 12, 5]])
 
     try:
         assert asyncio.run(synced()).logprob_gap < 1e-4

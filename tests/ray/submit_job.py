@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 import ray
 
@@ -21,7 +22,13 @@ def main() -> int:
         try:
             return subprocess.run(
                 [
-                    *("ray", "job", "submit", "--address", f"http://{context.dashboard_url}"),
+                    *(
+                        str(Path(sys.executable).with_name("ray")),
+                        "job",
+                        "submit",
+                        "--address",
+                        f"http://{context.dashboard_url}",
+                    ),
                     *("--working-dir", "."),
                     *("--runtime-env-json", f'{{"env_vars": {{"PAST_RAY_CACHE": "{cache}"}}}}'),
                     *("--", sys.executable, "-m", "jobs.run_past"),

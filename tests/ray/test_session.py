@@ -17,7 +17,7 @@ from tests.tiny_model import make_tiny_model
 
 pytestmark = pytest.mark.ray
 
-RL = RLConfig(kl_coefficient=0.0)
+RL = RLConfig(kl_coefficient=0.0, temperature=0.7)
 GREEDY = SamplingParams(temperature=0.0, max_new_tokens=4)
 EXAMPLES = [
     QAExample(question_id=f"q{i}", messages=({"role": "user", "content": text},), answer="paris")
@@ -80,7 +80,7 @@ def answers(session, loop) -> list[list[int]]:
 
 def test_generator_and_learner_agree_after_a_sync_of_other_weights(session, other, loop):
     loop.run(session.load_learners(other, reference=None, resume_from=None))
-    result = loop.run(session.sync_weights(0, probe=PROBE, temperature=0.7))
+    result = loop.run(session.sync_weights(0, probe=PROBE))
     assert 0 < result.logprob_gap < 1e-4
 
 
@@ -119,7 +119,7 @@ def test_a_generator_in_16_bit_fails_the_parity_probe(cluster, folder, loop, ses
     try:
         loop.run(coarse.load_learners(folder, reference=None, resume_from=None))
         with pytest.raises(ParityError, match=r"must agree within 0\.0001 nats.*rl\.precision"):
-            loop.run(coarse.sync_weights(0, probe=PROBE, temperature=1.0))
+            loop.run(coarse.sync_weights(0, probe=PROBE))
     finally:
         coarse.close()
     assert torch.get_default_dtype() == torch.float32

@@ -77,7 +77,7 @@ class RecordingSession:
         self.events.append(f"train {len(samples)}")
         return {"loss": 0.5}
 
-    async def sync_weights(self, policy_version, *, probe, temperature):
+    async def sync_weights(self, policy_version, *, probe):
         self.events.append(f"sync {policy_version}")
         self._synced = policy_version
         return SyncResult(seconds=0.0, logprob_gap=0.0)
