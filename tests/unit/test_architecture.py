@@ -134,3 +134,11 @@ def test_every_function_named_in_the_algorithm_exists():
     for name in names:
         module, _, function = name.rpartition(".")
         assert callable(getattr(importlib.import_module(module), function)), name
+
+
+def test_the_configuration_in_the_readme_validates(tmp_path):
+    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert blocks
+    for block in blocks:
+        (tmp_path / "config.yaml").write_text(block)
+        load_config(ExperimentConfig, tmp_path / "config.yaml", [])
