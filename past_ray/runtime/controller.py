@@ -109,8 +109,6 @@ async def train_grpo(
         metrics = await session.train_step(samples)
         trained = time.perf_counter()
         sync = await session.sync_weights(step + 1, probe=probe)
-        if (step + 1) % rl.checkpoint_every_steps == 0 or step + 1 in _kept(run, rl):
-            await _save(session, run, rl, step + 1)
         seconds = time.perf_counter() - started
         rollouts = rollout_metrics(groups)
         row = {
@@ -124,7 +122,10 @@ async def train_grpo(
             "learner_seconds": trained - sampled,
             "tokens_per_s": rollouts["num_tokens"] / (sampled - started),
         }
+        # Before the checkpoint: a run killed in between forgets the row, never the step.
         append_jsonl(run.work_dir / "metrics.jsonl", row)
+        if (step + 1) % rl.checkpoint_every_steps == 0 or step + 1 in _kept(run, rl):
+            await _save(session, run, rl, step + 1)
         on_step(row)
     return checkpoint_folder(run.work_dir, rl.num_steps)
 

@@ -10,7 +10,10 @@ import ray
 
 def main() -> int:
     run_dir, cache = sys.argv[1:]
-    with tempfile.TemporaryDirectory(prefix="pr_", dir="/tmp") as temp_dir:
+    # Ray may still be writing its logs while it ends.
+    with tempfile.TemporaryDirectory(
+        prefix="pr_", dir="/tmp", ignore_cleanup_errors=True
+    ) as temp_dir:
         context = ray.init(
             address="local",
             num_cpus=2,
