@@ -11,7 +11,6 @@ States of ``running_policy_app``; what a state started is undone when the block 
 """
 
 import logging
-import os
 import signal
 import socket
 import threading
@@ -254,17 +253,3 @@ def _root_logger_kept() -> Generator[None]:
         logging.disable(disabled)
         root.handlers[:] = handlers
         root.setLevel(level)
-
-
-@contextmanager
-def _environment(name: str, value: str) -> Generator[None]:
-    """Set one environment variable, which child processes inherit, for the block."""
-    before = os.environ.get(name)
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
