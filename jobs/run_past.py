@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from past_ray.cli import Overrides, Seeds, run_experiment
+from past_ray.cli.app import Overrides, Seeds, run_experiment
 
 
 def main(

@@ -1,18 +1,12 @@
-"""``past-ray``: parse, call a pipeline, show what came out. Heavy imports follow the parsing."""
+"""The commands of ``past-ray``. Heavy imports follow the parsing."""
 
-import logging
-import sys
-from collections.abc import Generator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from past_ray.errors import PastRayError
-
-EXIT_FAILED = 1
-EXIT_INTERRUPTED = 130
+from past_ray.cli.skill import skill_app
+from past_ray.cli.user_errors import user_errors
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -20,6 +14,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Adapt language models to new documents on Ray and keep their skills.",
 )
+
+app.add_typer(skill_app, name="skill")
 
 ConfigArgument = Annotated[
     Path, typer.Argument(help="YAML file, e.g. jobs/configs/demo.yaml.", show_default=False)
@@ -29,26 +25,6 @@ Overrides = Annotated[
     typer.Argument(help="Dotted overrides, e.g. rl.group_size=16.", show_default=False),
 ]
 Seeds = Annotated[str, typer.Option(help="Several seeds, e.g. 0,1,2; reports their means.")]
-
-
-@contextmanager
-def user_errors() -> Generator[None]:
-    """End the process with a message and an exit code instead of a traceback."""
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr
-    )
-    for noisy in ("httpx", "ray", "vllm", "matplotlib"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
-    try:
-        yield
-    except KeyboardInterrupt:
-        typer.secho("interrupted; the same command continues", err=True, fg="yellow")
-        raise typer.Exit(EXIT_INTERRUPTED) from None
-    except PastRayError as error:
-        # Ray hands over an actor's error as a class of both; its own text is a whole traceback.
-        cause = getattr(error, "cause", None) or error
-        typer.secho(f"{type(cause).__name__}: {cause}", err=True, fg="red")
-        raise typer.Exit(EXIT_FAILED) from error
 
 
 def run_experiment(config: Path, overrides: list[str] | None, seeds: str, ask: int) -> None:
@@ -115,36 +91,6 @@ def serve(
             )
 
         serve_forever(serving, model, on_ready=on_ready)
-
-
-@app.command()
-def extract(
-    rl: Annotated[Path, typer.Argument(help="Checkpoint after RL.")],
-    sft: Annotated[Path, typer.Argument(help="Checkpoint before RL.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the skill vector.")],
-    task: Annotated[str, typer.Option(help="Source domain, kept in the manifest.")] = "unnamed",
-) -> None:
-    """Write the skill vector RL - SFT."""
-    with user_errors():
-        from past_ray.skill.artefact import extract_to_folder
-
-        extract_to_folder(rl, sft, out, task=task, refinement_round=1, seed=0)
-        typer.echo(f"wrote {out}")
-
-
-@app.command()
-def inject(
-    target: Annotated[Path, typer.Argument(help="Checkpoint that knows the target documents.")],
-    skill: Annotated[Path, typer.Argument(help="Folder of a skill vector.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the adapted model.")],
-    scale: Annotated[float, typer.Option(help="Strength of the skill.")] = 1.0,
-) -> None:
-    """Write the adapted model TARGET + scale * SKILL."""
-    with user_errors():
-        from past_ray.skill.artefact import inject_to_folder
-
-        inject_to_folder(target, skill, out, scale=scale)
-        typer.echo(f"wrote {out}")
 
 
 def main() -> None:

@@ -37,12 +37,13 @@ from past_ray.engine.sharding import (
     sum_over_ranks,
 )
 from past_ray.errors import ConfigError, DataError, PastRayError, StorageError
+from past_ray.locations import open_folder
 from past_ray.rl.batching import MicroBatch, count_loss_tokens, filler_micro_batch, micro_batches
 from past_ray.rl.logprobs import token_entropy, token_logprobs
 from past_ray.rl.losses import kl_penalty, ppo_clip_loss, token_mean
 from past_ray.rl.metrics import merge_metrics
 from past_ray.rl.types import TrainSample
-from past_ray.skill.checkpoint import read_config, read_json_object, write_checkpoint
+from past_ray.skill.checkpoint import read_config, write_checkpoint
 from past_ray.storage import atomic_directory, write_json
 
 logger = logging.getLogger(__name__)
@@ -226,7 +227,7 @@ class GRPOLearner:
 
     def _resume(self, folder: Path) -> int:
         """Load adapter, optimizer state and version that ``save`` wrote."""
-        version = read_json_object(folder / STATE_FILE)["policy_version"]
+        version = open_folder(folder).read_json(STATE_FILE)["policy_version"]
         if self._config.lora is not None:
             adapter = _read_on_rank_0(folder / ADAPTER_FILE)
             load_full_state_dict(self._model, adapter, trainable_only=True)

@@ -43,7 +43,8 @@ from past_ray.errors import ConfigError
 from past_ray.sft.examples import SFTExample
 from past_ray.sft.loss import next_token_loss, padded_batch
 from past_ray.sft.schedule import cosine_learning_rate
-from past_ray.skill.checkpoint import save_checkpoint
+from past_ray.skill.checkpoint import hash_weights, save_checkpoint
+from past_ray.skill.manifest import stamp
 from past_ray.storage import atomic_directory
 
 ADAM_BETAS = (0.9, 0.95)
@@ -194,7 +195,12 @@ class SFTLearner:
         if self._sft.lora is not None:
             adapter_folder = folder.parent / f"{folder.name}-adapter"
             weights = _merge_adapter(weights, self._init_folder, self._sft.lora, adapter_folder)
-        save_checkpoint(folder, weights, like=self._init_folder)
+        lineage = {
+            "operation": "sft",
+            "base_hash": hash_weights(self._init_folder),
+            **stamp(),
+        }
+        save_checkpoint(folder, weights, like=self._init_folder, lineage=lineage)
 
     @property
     def _is_adapter(self) -> bool:

@@ -35,9 +35,10 @@ from past_ray.runtime.rollout_worker import chat_codec
 from past_ray.runtime.session import RLSession
 from past_ray.runtime.sft_trainer import train_sft
 from past_ray.sft.examples import document_examples
+from past_ray.skill import Provenance, extract, inject, load_skill
 from past_ray.skill.arithmetic import inject_skill_vector
-from past_ray.skill.artefact import extract_to_folder, inject_to_folder, load_skill
 from past_ray.skill.checkpoint import load_weights, save_checkpoint
+from past_ray.skill.manifest import hash_files
 from past_ray.storage import read_jsonl
 from past_ray.tasks.examples import QAExample
 
@@ -190,17 +191,25 @@ class Laboratory(AbstractContextManager["Laboratory"]):
         """Skill vector ``v = rl - sft``."""
 
         def work() -> StageResult:
-            manifest = extract_to_folder(
+            config = self.config
+            manifest = extract(
                 self.model(rl),
                 self.model(sft),
                 self.run.skill(name),
-                task=self.config.task.kind,
-                refinement_round=refinement_round,
-                seed=self.config.seed,
-                base_folder=self.model("base"),
+                provenance=Provenance(
+                    task=config.task.kind,
+                    refinement_round=refinement_round,
+                    source_data_hash=hash_files(
+                        list(self.run.tables(f"source_{refinement_round}").glob("*.parquet"))
+                    ),
+                    rl_recipe=config.rl.model_dump(mode="json"),
+                    reward=config.task.reward,
+                    seed=config.seed,
+                ),
+                base=self.model("base"),
                 parent=self.run.skill(parent) if parent else None,
             )
-            return manifest.model_dump(mode="json", exclude={"tensor_norms"})
+            return manifest.model_dump(mode="json", exclude={"tensors", "base_sketch"})
 
         return Stage(name=name, work=work)
 
@@ -208,8 +217,12 @@ class Laboratory(AbstractContextManager["Laboratory"]):
         """Model ``target + scale * v``."""
 
         def work() -> StageResult:
-            inject_to_folder(
-                self.model(target), self.run.skill(skill), self.model(name), scale=scale
+            inject(
+                self.model(target),
+                self.run.skill(skill),
+                self.model(name),
+                scale=scale,
+                verify=True,
             )
             return {"scale": scale}
 
@@ -229,8 +242,13 @@ class Laboratory(AbstractContextManager["Laboratory"]):
         def work() -> StageResult:
             weights = load_weights(self.model(model))
             if skill is not None:
-                vector, _ = load_skill(self.run.skill(skill))
-                weights = inject_skill_vector(target=weights, skill_vector=vector, scale=scale)
+                loaded = load_skill(self.run.skill(skill))
+                weights = inject_skill_vector(
+                    target=weights,
+                    skill_vector=loaded.vector,
+                    scale=scale,
+                    corrections=loaded.corrections,
+                )
             examples = self.domain("target").examples(in_context=in_context)
             result = self._runner.run(self._evaluate(weights, examples))
             self._progress.step(1, result)

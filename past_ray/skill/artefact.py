@@ -1,329 +1,352 @@
-"""Skill vectors on disk.
+"""Skill folders: written, opened and read, in both forms.
 
-A skill folder holds::
+The dense form holds differences entry by entry::
 
-    model.safetensors   the differences, float32, under the parameters' names
-    skill.json          SkillManifest: what it was made from, and its own hash
-    README.md           the same for a human reader
+    model.safetensors, or shards          float32, under the parameters' names
+    model.safetensors.index.json          which file has which parameter
+    corrections.safetensors               what float32 could not hold; only where there is something
+    skill.json, README.md                 SkillManifest and its card
 
-and injecting one gives a plain Hugging Face model folder plus ``past_ray.json`` with its lineage.
+The LoRA form is a PEFT adapter (``adapter_model.safetensors``, ``adapter_config.json``) with the
+same manifest and card. ``docs/skill-format.md`` specifies both.
 """
 
-import logging
 import math
+import threading
 from collections.abc import Mapping
-from datetime import UTC, datetime
-from pathlib import Path
+from dataclasses import dataclass
+from typing import Any
 
-from pydantic import Field, ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+import torch
 from torch import Tensor
 
-import past_ray
-from past_ray.build_info import git_commit
-from past_ray.config.base import StrictConfig
 from past_ray.errors import SkillVectorError, StorageError
-from past_ray.skill.arithmetic import extract_skill_vector, inject_skill_vector
-from past_ray.skill.checkpoint import (
-    WEIGHTS_FILE,
-    hash_tensors,
-    hash_weights,
-    load_weights,
-    main_dtype,
-    read_json_object,
-    save_tensors,
-    write_checkpoint,
+from past_ray.locations import Folder, FolderWriter, Place, open_folder
+from past_ray.skill.adapter import Adapter, LoraModule, concatenate, lora_delta
+from past_ray.skill.adapter_folder import read_adapter, write_adapter
+from past_ray.skill.arithmetic import Corrections
+from past_ray.skill.blocks import (
+    Chunk,
+    TensorTotals,
+    Workspace,
+    blocks,
+    digest_of,
+    inner_product,
+    weights_hash,
 )
-from past_ray.skill.compatibility import (
-    CheckpointFingerprint,
-    check_compatible_checkpoints,
-    check_same_fingerprint,
-    fingerprint,
+from past_ray.skill.checkpoint import save_tensors
+from past_ray.skill.compatibility import check_same_parameters
+from past_ray.skill.manifest import (
+    CARD_FILE,
+    CORRECTIONS_FILE,
+    FORMAT_VERSION,
+    MANIFEST_FILE,
+    SkillManifest,
+    TensorRecord,
+    card,
+    load_manifest,
+    stamp,
 )
-from past_ray.skill.geometry import frobenius_norm
-from past_ray.storage import atomic_directory, write_json, write_text
-
-logger = logging.getLogger(__name__)
-
-FORMAT_VERSION = 1
-MANIFEST_FILE = "skill.json"
-CARD_FILE = "README.md"
-LINEAGE_FILE = "past_ray.json"
+from past_ray.skill.weights import StoredWeights, open_weights
+from past_ray.storage import write_json, write_text
 
 
-class SkillManifest(StrictConfig):
-    """What a skill vector was made from, and what it may be added to."""
+class SkillVector:
+    """An open skill folder of either form, read chunk by chunk as float32 differences.
 
-    format_version: int
-    """Layout of the folder; this code reads version 1."""
+    Several threads may read at once; it pickles without its open files.
+    """
 
-    vector_hash: str
-    """SHA-256 of the differences themselves; checked on loading."""
+    def __init__(self, place: Place) -> None:
+        """Open the folder and check it against its manifest, all but the dense numbers.
 
-    rl_hash: str
-    """SHA-256 of the weights after RL."""
+        Raises:
+            SkillVectorError: It is no skill folder, or does not hold what its manifest says.
+            StorageError: A file is missing, truncated or damaged.
+        """
+        self.folder = open_folder(place)
+        self.manifest = load_manifest(self.folder)
+        if not self.manifest.tensors:
+            raise SkillVectorError(
+                f"{self.folder} must hold at least one parameter, found none. Select less strictly,"
+                " or extract it again."
+            )
+        self._weights: StoredWeights | None = None
+        self._corrections: _StoredCorrections | None = None
+        self._adapter: Adapter | None = None
+        if self.manifest.form == "lora":
+            self._adapter = read_adapter(self.folder)
+            shapes = {name: module.shape for name, module in self._adapter.modules.items()}
+            digests = {n: _adapter_digest(m) for n, m in self._adapter.modules.items()}
+        else:
+            self._weights = open_weights(self.folder)
+            shapes, digests = self._weights.shapes(), {}
+            if any(record.num_corrections for record in self.manifest.tensors.values()):
+                self._corrections = _StoredCorrections(self.folder, self.manifest)
+        check_same_parameters(
+            f"{self.folder}", shapes, f"its {MANIFEST_FILE}", self.manifest.shapes
+        )
+        self.check_digests(digests)
 
-    sft_hash: str
-    """SHA-256 of the SFT weights that were subtracted."""
+    @property
+    def adapter(self) -> Adapter | None:
+        """The factors, in the LoRA form."""
+        return self._adapter
 
-    base_hash: str | None
-    """SHA-256 of the model that SFT started from, if it was given."""
+    def read(self, chunk: Chunk, workspace: Workspace, *, role: str = "vector") -> Tensor:
+        """Return the ``[n]`` float32 differences of a chunk, in a buffer named ``role``."""
+        if self._weights is not None:
+            out = workspace.take(role, chunk.numel, torch.float32)
+            self._weights.read(chunk.name, chunk.start, out)
+            return out
+        assert self._adapter is not None
+        module = self._adapter.modules[chunk.name]
+        width = module.shape[1]
+        first, last = chunk.start // width, -(-chunk.stop // width)
+        delta = lora_delta(module, rows=slice(first, last)).reshape(-1)
+        return delta[chunk.start - first * width : chunk.stop - first * width]
 
-    parent_hash: str | None
-    """``vector_hash`` of the previous refinement round, which warmed up this round's RL."""
+    def corrections(self, chunk: Chunk) -> Corrections | None:
+        """Return the corrections within a chunk, numbered from its start; None without any."""
+        return None if self._corrections is None else self._corrections.within(chunk)
 
-    fingerprint: CheckpointFingerprint
-    """Architecture, tokenizer and chat template that a target must share."""
+    @property
+    def needs_check(self) -> bool:
+        """Whether the differences' digests are still to be compared with the manifest."""
+        return self._weights is not None
 
-    dtype: str
-    """Of the differences: always ``float32``."""
+    def check_digests(self, found: Mapping[str, str]) -> None:
+        """Refuse numbers that are not those that were saved.
 
-    rl_dtype: str
-    """In which the RL weights were stored."""
+        Args:
+            found: Digests of what was read, by parameter.
 
-    sft_dtype: str
-    """In which the SFT weights were stored."""
-
-    task: str
-    """Source task, such as the name of its data set."""
-
-    refinement_round: int = Field(ge=0)
-    """The paper's k."""
-
-    seed: int
-    """Seed of the run that trained the parents."""
-
-    created: str
-    """UTC time in ISO 8601."""
-
-    past_ray_version: str
-    """Version of this package."""
-
-    git_commit: str | None
-    """Commit of the source tree that this package runs from; None if installed without one."""
-
-    norms: dict[str, float]
-    """Frobenius norm of each tensor."""
+        Raises:
+            SkillVectorError: With the first five damaged parameters.
+        """
+        damaged = [n for n, digest in found.items() if self.manifest.tensors[n].digest != digest]
+        if damaged:
+            raise SkillVectorError(
+                f"{self.folder} must hold the numbers that its {MANIFEST_FILE} was written for;"
+                f" {len(damaged)} tensors differ (first: {', '.join(damaged[:5])}). The folder was"
+                " changed or damaged: copy or extract it again."
+            )
 
 
-def extract_to_folder(
-    rl_folder: Path,
-    sft_folder: Path,
-    out: Path,
-    *,
-    task: str,
-    refinement_round: int,
-    seed: int,
-    base_folder: Path | None = None,
-    parent: Path | None = None,
-) -> SkillManifest:
-    """Write the skill vector ``rl - sft`` as a folder, atomically, and return its manifest.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedSkill:
+    """A whole skill vector in memory."""
 
-    Args:
-        rl_folder: Model folder after RL on the source domain.
-        sft_folder: Model folder of the same round's SFT, which is subtracted.
-        out: Where the skill folder goes.
-        task: Source task, for the manifest.
-        refinement_round: The paper's k, for the manifest.
-        seed: Seed of the run, for the manifest.
-        base_folder: The model that SFT started from; only hashed and compared.
-        parent: Skill folder of the previous round, if RL started from ``sft`` plus that vector.
+    vector: dict[str, Tensor]
+    """Float32 differences by parameter."""
+
+    corrections: dict[str, Corrections]
+    """What float32 could not hold, by parameter; see ``arithmetic.correct``."""
+
+    manifest: SkillManifest
+    """What the folder says about itself."""
+
+
+def load_skill(place: Place) -> LoadedSkill:
+    """Return a skill vector of either form as float32 differences in memory, checked.
 
     Raises:
-        SkillVectorError: The folders do not fit together, or the difference is not finite.
-        StorageError: A folder is unreadable, or the disk is full.
+        SkillVectorError: It is no skill folder, or its numbers are not the ones it was saved with.
+        StorageError: A file is missing, truncated or damaged.
     """
-    check_compatible_checkpoints(rl_folder, sft_folder)
-    if base_folder is not None:
-        check_compatible_checkpoints(base_folder, sft_folder)
-    prints = fingerprint(sft_folder)
-    parent_hash = None if parent is None else _parent_hash(parent, prints, refinement_round)
-    rl, sft = load_weights(rl_folder), load_weights(sft_folder)
-    _warn_if_rounded(rl_folder, rl)
-    _warn_if_rounded(sft_folder, sft)
-    vector = extract_skill_vector(rl=rl, sft=sft)
-    manifest = SkillManifest(
-        format_version=FORMAT_VERSION,
-        vector_hash=hash_tensors(vector),
-        rl_hash=hash_tensors(rl),
-        sft_hash=hash_tensors(sft),
-        base_hash=None if base_folder is None else hash_weights(base_folder),
-        parent_hash=parent_hash,
-        fingerprint=prints,
-        dtype="float32",
-        rl_dtype=main_dtype(rl),
-        sft_dtype=main_dtype(sft),
-        task=task,
-        refinement_round=refinement_round,
-        seed=seed,
-        created=_now(),
-        past_ray_version=past_ray.__version__,
-        git_commit=git_commit(),
-        norms=_finite_norms(vector),
+    skill, workspace = SkillVector(place), Workspace()
+    vector: dict[str, Tensor] = {}
+    corrections: dict[str, Corrections] = {}
+    for name, shape in skill.manifest.shapes.items():
+        whole = Chunk(name=name, start=0, stop=math.prod(shape))
+        vector[name] = skill.read(whole, workspace).clone().view(shape)
+        if (found := skill.corrections(whole)) is not None:
+            corrections[name] = found
+    if skill.needs_check:
+        skill.check_digests({name: digest_of(tensor) for name, tensor in vector.items()})
+    return LoadedSkill(vector=vector, corrections=corrections, manifest=skill.manifest)
+
+
+def write_dense_skill(
+    writer: FolderWriter,
+    shapes: Mapping[str, tuple[int, ...]],
+    totals: Mapping[str, TensorTotals],
+    facts: Mapping[str, Any],
+) -> SkillManifest:
+    """Write what a dense skill folder holds beside its differences; return the manifest."""
+    corrections = {
+        f"{name}.{key}": value
+        for name, total in totals.items()
+        if total.corrections is not None
+        for key, value in zip(("entries", "values"), total.corrections, strict=True)
+    }
+    if corrections:
+        save_tensors(writer.path / CORRECTIONS_FILE, corrections)
+    records = {name: _record(shapes[name], total) for name, total in totals.items()}
+    return _write_manifest(writer, form="dense", records=records, facts=facts)
+
+
+def write_adapter_skill(
+    writer: FolderWriter,
+    adapter: Adapter,
+    facts: Mapping[str, Any],
+    *,
+    energy_kept: Mapping[str, float] | None = None,
+) -> SkillManifest:
+    """Write an adapter as a skill folder; return the manifest."""
+    adapter = concatenate([(1.0, adapter)])
+    write_adapter(writer.path, adapter, base_model=facts.get("sft_path"))
+    records: dict[str, TensorRecord] = {}
+    for name, module in adapter.modules.items():
+        delta = lora_delta(module)
+        records[name] = TensorRecord(
+            shape=module.shape,
+            digest=_adapter_digest(module),
+            norm=math.sqrt(inner_product(delta, delta)),
+            energy_kept=None if energy_kept is None else energy_kept[name],
+        )
+    return _write_manifest(writer, form="lora", records=records, facts=facts)
+
+
+def adapter_hash(adapter: Adapter) -> str:
+    """Return the hash of an adapter, as it would be stored in a skill folder."""
+    stored = concatenate([(1.0, adapter)])
+    return weights_hash({name: _adapter_digest(m) for name, m in stored.modules.items()})
+
+
+def _adapter_digest(module: LoraModule) -> str:
+    """Return the digest of both factors and their scaling."""
+    scaling = torch.tensor(module.scaling, dtype=torch.float64)
+    return weights_hash(
+        {"A": digest_of(module.a), "B": digest_of(module.b), "scaling": digest_of(scaling)}
     )
-    if manifest.rl_hash == manifest.sft_hash:
-        logger.warning("%s and %s hold the same weights: zero vector", rl_folder, sft_folder)
-    _write_skill(out, vector, manifest)
+
+
+def _write_manifest(
+    writer: FolderWriter,
+    *,
+    form: str,
+    records: Mapping[str, TensorRecord],
+    facts: Mapping[str, Any],
+) -> SkillManifest:
+    """Write ``skill.json`` and the card; return the manifest."""
+    own_hash = vector_hash(records)
+    values = {**facts, "form": form, "vector_hash": own_hash}
+    manifest = SkillManifest.model_validate(
+        values
+        | stamp()
+        | {"format_version": FORMAT_VERSION, "dtype": "float32", "tensors": records}
+    )
+    write_text(writer.path / CARD_FILE, card(manifest))
+    write_json(writer.path / MANIFEST_FILE, manifest.model_dump(mode="json"))
     return manifest
 
 
-def load_skill(folder: Path) -> tuple[dict[str, Tensor], SkillManifest]:
-    """Return the differences and the manifest of a skill folder.
+def check_finite(name: str, **values: Tensor) -> None:
+    """Refuse NaN and infinity, and say in what they are.
 
     Raises:
-        SkillVectorError: It is no skill folder, or its weights are not the ones it was saved with.
+        SkillVectorError: The first of ``values`` that is not finite.
     """
-    manifest = load_manifest(folder)
-    try:
-        vector = load_file(folder / WEIGHTS_FILE)
-    except (OSError, SafetensorError) as error:
-        raise SkillVectorError(
-            f"{folder} must hold a readable {WEIGHTS_FILE}, got: {error}. Extract the skill again."
-        ) from error
-    found = hash_tensors(vector)
-    if found != manifest.vector_hash:
-        raise SkillVectorError(
-            f"the weights in {folder} must hash to the manifest's {manifest.vector_hash}, got"
-            f" {found}. The folder was changed or damaged: extract the skill again."
-        )
-    return vector, manifest
+    for role, tensor in values.items():
+        broken = int((~torch.isfinite(tensor)).sum())
+        if broken:
+            raise SkillVectorError(
+                f"{role} must be finite, found {broken} NaN or infinite entries in {name}."
+                " Training diverged (lower the learning rate), or the file is damaged."
+            )
 
 
-def load_manifest(folder: Path) -> SkillManifest:
-    """Return the manifest of a skill folder without reading its weights.
-
-    Raises:
-        SkillVectorError: It is no skill folder, or one of another format version.
-    """
-    try:
-        values = read_json_object(folder / MANIFEST_FILE)
-    except StorageError as error:
-        raise SkillVectorError(
-            f"{folder} must be a skill folder with a {MANIFEST_FILE}: {error}"
-        ) from error
-    if values.get("format_version") != FORMAT_VERSION:
-        raise SkillVectorError(
-            f"{folder} must have format_version {FORMAT_VERSION}, got"
-            f" {values.get('format_version')}. Read it with the past_ray that wrote it, version"
-            f" {values.get('past_ray_version')}."
-        )
-    try:
-        return SkillManifest.model_validate(values)
-    except ValidationError as error:
-        raise SkillVectorError(
-            f"{folder / MANIFEST_FILE} must be a skill manifest, got: {error}. Extract it again."
-        ) from error
+def vector_sums(vector: Tensor) -> dict[str, list[float]]:
+    """Return what every dense vector's manifest needs, block by block, in float64."""
+    sums: dict[str, list[float]] = {"square": [], "unchanged": []}
+    for block in blocks(vector):
+        sums["square"].append(inner_product(block, block))
+        sums["unchanged"].append(float(block.numel() - torch.count_nonzero(block)))
+    return sums
 
 
-def inject_to_folder(target_folder: Path, skill_folder: Path, out: Path, *, scale: float) -> None:
-    """Write ``target + scale * skill`` as a model folder, atomically.
-
-    The result has the target's dtype, config, tokenizer and chat template. ``past_ray.json`` in
-    it records the hashes of target and skill and the scale.
-
-    Raises:
-        SkillVectorError: Target and skill do not fit together, or the skill folder is damaged.
-        StorageError: A folder is unreadable, or the disk is full.
-    """
-    vector, manifest = load_skill(skill_folder)
-    check_same_fingerprint(
-        f"target {target_folder}",
-        fingerprint(target_folder),
-        f"skill {skill_folder}",
-        manifest.fingerprint,
+def _record(shape: tuple[int, ...], total: TensorTotals) -> TensorRecord:
+    sums = total.sums
+    norm = math.sqrt(sums["square"])
+    record = TensorRecord(
+        shape=shape,
+        digest=total.digests["vector"],
+        norm=norm,
+        num_unchanged=int(sums["unchanged"]),
+        num_corrections=0 if total.corrections is None else len(total.corrections[0]),
+        corrections_digest=_corrections_digest(total.corrections),
     )
-    target = load_weights(target_folder)
-    adapted = inject_skill_vector(target=target, skill_vector=vector, scale=scale)
-    with atomic_directory(out) as writing:
-        write_checkpoint(writing, adapted, like=target_folder)
-        lineage = {
-            "operation": "inject",
-            "target_hash": hash_tensors(target),
-            "skill_hash": manifest.vector_hash,
-            "scale": scale,
-            "task": manifest.task,
-            "refinement_round": manifest.refinement_round,
-            "created": _now(),
-            "past_ray_version": past_ray.__version__,
+    if "bf16_square" not in sums:
+        return record
+    bf16_norm = math.sqrt(sums["bf16_square"])
+    return record.model_copy(
+        update={
+            "num_bf16_changed": int(sums["bf16_changed"]),
+            "bf16_norm": bf16_norm,
+            "bf16_cosine": sums["bf16_inner"] / (norm * bf16_norm) if norm * bf16_norm else None,
         }
-        write_json(writing / LINEAGE_FILE, lineage)
+    )
 
 
-def _parent_hash(parent: Path, prints: CheckpointFingerprint, refinement_round: int) -> str:
-    """Check that ``parent`` is an earlier round of the same model and return its hash."""
-    manifest = load_manifest(parent)
-    check_same_fingerprint("this round", prints, f"parent {parent}", manifest.fingerprint)
-    if manifest.refinement_round >= refinement_round:
-        raise SkillVectorError(
-            f"the parent must be of an earlier refinement round, got round"
-            f" {manifest.refinement_round} in {parent} for round {refinement_round}."
-            " Give the skill folder of the round before."
-        )
-    return manifest.vector_hash
+def vector_hash(records: Mapping[str, TensorRecord]) -> str:
+    """Return the hash of a vector's tensors and corrections."""
+    digests = {name: record.digest for name, record in records.items()}
+    for name, record in records.items():
+        if record.corrections_digest is not None:
+            digests[f"{name}.corrections"] = record.corrections_digest
+    return weights_hash(digests)
 
 
-def _warn_if_rounded(folder: Path, weights: Mapping[str, Tensor]) -> None:
-    dtype = main_dtype(weights)
-    if dtype not in ("float32", "float64"):
-        logger.warning(
-            "%s is stored in %s: RL updates smaller than its rounding are lost to the skill vector."
-            " Save parents in float32.",
-            folder,
-            dtype,
-        )
+def _corrections_digest(corrections: Corrections | None) -> str | None:
+    if corrections is None:
+        return None
+    entries, values = corrections
+    return weights_hash({"entries": digest_of(entries), "values": digest_of(values)})
 
 
-def _finite_norms(vector: Mapping[str, Tensor]) -> dict[str, float]:
-    norms = {name: frobenius_norm(tensor) for name, tensor in vector.items()}
-    broken = [name for name, norm in norms.items() if not math.isfinite(norm)]
-    if broken:
-        raise SkillVectorError(
-            f"a skill vector must be finite; {len(broken)} tensors are not (first:"
-            f" {broken[:3]}). Training diverged: look at the loss and lower the learning rate."
-        )
-    return norms
+class _StoredCorrections:
+    """Corrections of a dense skill folder; sparse, so those of a few tensors are kept in memory."""
 
+    NUM_KEPT = 8
 
-def _write_skill(out: Path, vector: Mapping[str, Tensor], manifest: SkillManifest) -> None:
-    with atomic_directory(out) as writing:
-        save_tensors(writing / WEIGHTS_FILE, vector)
-        write_json(writing / MANIFEST_FILE, manifest.model_dump(mode="json"))
-        write_text(writing / CARD_FILE, _card(manifest))
+    def __init__(self, folder: Folder, manifest: SkillManifest) -> None:
+        corrected = [name for name, r in manifest.tensors.items() if r.num_corrections]
+        names = [f"{name}.{key}" for name in corrected for key in ("entries", "values")]
+        self._stored = StoredWeights(folder, dict.fromkeys(names, CORRECTIONS_FILE))
+        self._digests = {name: manifest.tensors[name].corrections_digest for name in corrected}
+        self._kept: dict[str, Corrections] = {}
+        self._lock = threading.Lock()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_stored": self._stored, "_digests": self._digests}
 
-def _card(manifest: SkillManifest) -> str:
-    """Render the folder's README."""
-    norm = math.sqrt(math.fsum(value * value for value in manifest.norms.values()))
-    return f"""# Skill vector: {manifest.task}, refinement round {manifest.refinement_round}
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _kept={}, _lock=threading.Lock())
 
-`{WEIGHTS_FILE}` holds differences of weights, not a model: what RL on the source task changed
-in a checkpoint that had been fine-tuned on the source documents.
+    def within(self, chunk: Chunk) -> Corrections | None:
+        if chunk.name not in self._digests:
+            return None
+        entries, values = self._of(chunk.name)
+        bounds = torch.tensor([chunk.start, chunk.stop])
+        first, last = torch.searchsorted(entries, bounds).tolist()
+        if first == last:
+            return None
+        return entries[first:last] - chunk.start, values[first:last]
 
-| | |
-| --- | --- |
-| architecture | {manifest.fingerprint.model_type} |
-| tensors | {len(manifest.norms)} in {manifest.dtype} |
-| Frobenius norm | {norm:.6g} |
-| RL weights | `{manifest.rl_hash}` |
-| SFT weights | `{manifest.sft_hash}` |
-| base weights | `{manifest.base_hash}` |
-| previous round's vector | `{manifest.parent_hash}` |
-| this vector | `{manifest.vector_hash}` |
-| seed | {manifest.seed} |
-| made | {manifest.created} with past_ray {manifest.past_ray_version} |
-
-Add it to a model that was fine-tuned on other documents from the same base:
-
-```python
-from pathlib import Path
-
-from past_ray.skill.artefact import inject_to_folder
-
-inject_to_folder(Path("target_sft"), Path("this_folder"), Path("adapted"), scale=1.0)
-```
-"""
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
+    def _of(self, name: str) -> Corrections:
+        with self._lock:
+            if name not in self._kept:
+                found = (
+                    self._stored.tensor(f"{name}.entries"),
+                    self._stored.tensor(f"{name}.values"),
+                )
+                if _corrections_digest(found) != self._digests[name]:
+                    raise StorageError(
+                        f"the corrections of {name} must be those that were saved, found others."
+                        " The folder was changed or damaged: copy or extract it again."
+                    )
+                if len(self._kept) >= self.NUM_KEPT:
+                    del self._kept[next(iter(self._kept))]
+                self._kept[name] = found
+            return self._kept[name]

@@ -7,16 +7,15 @@ sizes, same tying of the head, same token ids and same chat template.
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import Any, Protocol
 
 from past_ray.config.base import StrictConfig
 from past_ray.errors import SkillVectorError
-from past_ray.skill.checkpoint import is_tied, read_config, read_json_object
+from past_ray.locations import Folder, Place, open_folder
+from past_ray.skill.safetensors_file import FLOAT_DTYPES
+from past_ray.skill.weights import CONFIG_FILE, is_tied
 
-NUM_NAMES_SHOWN = 3
+NUM_NAMES_SHOWN = 5
 """Names listed per kind of mismatch; the counts tell the rest."""
 
 SIZE_KEYS = (
@@ -28,6 +27,15 @@ SIZE_KEYS = (
     "head_dim",
     "vocab_size",
 )
+
+
+class HasDtype(Protocol):
+    """A tensor in memory (``torch.float32``) or in a file (``F32``)."""
+
+    @property
+    def dtype(self) -> object:
+        """What its numbers are stored in."""
+        ...
 
 
 class CheckpointFingerprint(StrictConfig):
@@ -53,27 +61,25 @@ class CheckpointFingerprint(StrictConfig):
 
 
 def check_same_parameters(
-    left_name: str, left: Mapping[str, Tensor], right_name: str, right: Mapping[str, Tensor]
+    left_name: str,
+    left: Mapping[str, tuple[int, ...]],
+    right_name: str,
+    right: Mapping[str, tuple[int, ...]],
 ) -> None:
-    """Refuse state dicts that differ in names or shapes, or that hold quantised numbers.
+    """Refuse parameters that differ in names or shapes.
 
     Args:
         left_name: What the message calls ``left``.
-        left: One state dict.
+        left: Shapes by name.
         right_name: What the message calls ``right``.
-        right: The other state dict.
+        right: Shapes by name.
 
     Raises:
         SkillVectorError: With the counts and the first names of each kind of mismatch.
     """
     only_left = sorted(left.keys() - right.keys())
     only_right = sorted(right.keys() - left.keys())
-    shared = sorted(left.keys() & right.keys())
-    reshaped = [
-        f"{name} {tuple(left[name].shape)} and {tuple(right[name].shape)}"
-        for name in shared
-        if left[name].shape != right[name].shape
-    ]
+    reshaped = _reshaped(left, right)
     if only_left or only_right or reshaped:
         raise SkillVectorError(
             f"{left_name} and {right_name} must have the same parameters;"
@@ -83,29 +89,58 @@ def check_same_parameters(
             " Merge LoRA adapters, untie shared weights and resize embeddings the same way on both"
             " sides first."
         )
-    quantised = [
-        f"{name} {left[name].dtype} and {right[name].dtype}"
-        for name in shared
-        if not (left[name].is_floating_point() and right[name].is_floating_point())
-    ]
-    if quantised:
+
+
+def check_has_parameters(
+    model_name: str,
+    model: Mapping[str, tuple[int, ...]],
+    vector_name: str,
+    vector: Mapping[str, tuple[int, ...]],
+) -> None:
+    """Refuse a vector with a parameter that the model does not have in the same shape.
+
+    Raises:
+        SkillVectorError: With the counts and the first names of each kind of mismatch.
+    """
+    absent = sorted(vector.keys() - model.keys())
+    reshaped = _reshaped(model, vector)
+    if absent or reshaped or not vector:
         raise SkillVectorError(
-            f"{left_name} and {right_name} must hold floating point numbers;"
-            f" {len(quantised)} do not (first: {_first(quantised)})."
-            " Use the checkpoints from before quantisation."
+            f"{model_name} must have every parameter of {vector_name}, which has {len(vector)};"
+            f" {len(absent)} are absent (first: {_first(absent)}), {len(reshaped)} have other"
+            f" shapes (first: {_first(reshaped)}). Use a model of the vector's architecture with"
+            " the same vocabulary."
         )
 
 
-def check_compatible_checkpoints(left_folder: Path, right_folder: Path) -> None:
+def check_float_tensors(label: str, tensors: Mapping[str, HasDtype]) -> None:
+    """Refuse numbers that are quantised, integer, or wider than float32.
+
+    Args:
+        label: What the message calls them.
+        tensors: Tensors in memory or in files, by name.
+
+    Raises:
+        SkillVectorError: With the count and the first names.
+    """
+    allowed = {*FLOAT_DTYPES, *FLOAT_DTYPES.values()}
+    others = sorted(f"{n} {t.dtype}" for n, t in tensors.items() if t.dtype not in allowed)
+    if others:
+        raise SkillVectorError(
+            f"{label} must hold floating point numbers in {', '.join(FLOAT_DTYPES)};"
+            f" {len(others)} tensors do not (first: {_first(others)})."
+            " Use the checkpoint from before quantisation, or convert float64 to float32."
+        )
+
+
+def check_compatible_checkpoints(left: Place, right: Place) -> None:
     """Refuse model folders whose weights do not mean the same, without reading the weights.
 
     Raises:
         SkillVectorError: With each property that differs and both its values.
         StorageError: A folder has no readable config.
     """
-    check_same_fingerprint(
-        str(left_folder), fingerprint(left_folder), str(right_folder), fingerprint(right_folder)
-    )
+    check_same_fingerprint(str(left), fingerprint(left), str(right), fingerprint(right))
 
 
 def check_same_fingerprint(
@@ -130,13 +165,21 @@ def check_same_fingerprint(
         )
 
 
-def fingerprint(folder: Path) -> CheckpointFingerprint:
+def fingerprint(place: Place) -> CheckpointFingerprint:
     """Read what ``check_compatible_checkpoints`` compares from a model folder.
 
     Raises:
         StorageError: The folder has no readable config.
+        SkillVectorError: The model is quantised.
     """
-    config = read_config(folder)
+    folder = open_folder(place)
+    config = folder.read_json(CONFIG_FILE)
+    if config.get("quantization_config"):
+        raise SkillVectorError(
+            f"{folder} must not be quantised, found quantization_config"
+            f" {config['quantization_config'].get('quant_method', '')} in its {CONFIG_FILE}."
+            " Use the checkpoint from before quantisation."
+        )
     return CheckpointFingerprint(
         model_type=str(config.get("model_type", "none")),
         architectures=tuple(config.get("architectures") or ()),
@@ -145,6 +188,16 @@ def fingerprint(folder: Path) -> CheckpointFingerprint:
         tokenizer=_digest(_token_ids(folder)),
         chat_template=_digest(_chat_template(folder)),
     )
+
+
+def _reshaped(
+    left: Mapping[str, tuple[int, ...]], right: Mapping[str, tuple[int, ...]]
+) -> list[str]:
+    return [
+        f"{name} {tuple(left[name])} and {tuple(right[name])}"
+        for name in sorted(left.keys() & right.keys())
+        if tuple(left[name]) != tuple(right[name])
+    ]
 
 
 def _first(names: list[str]) -> str:
@@ -173,30 +226,30 @@ def _digest(text: str | None) -> str:
     return "none" if text is None else hashlib.sha256(text.encode()).hexdigest()
 
 
-def _token_ids(folder: Path) -> str | None:
+def _token_ids(folder: Folder) -> str | None:
     """The map from token to id in a form that does not depend on who saved the tokenizer."""
-    if (folder / "tokenizer.json").is_file():
-        tokenizer = read_json_object(folder / "tokenizer.json")
+    if folder.has("tokenizer.json"):
+        tokenizer = folder.read_json("tokenizer.json")
         vocabulary: Any = (tokenizer.get("model") or {}).get("vocab") or {}
         if isinstance(vocabulary, list):
             vocabulary = {entry[0]: token_id for token_id, entry in enumerate(vocabulary)}
         added = {token["content"]: token["id"] for token in tokenizer.get("added_tokens") or []}
         return json.dumps({**vocabulary, **added}, sort_keys=True)
-    readers: tuple[tuple[str, Callable[[Path], str]], ...] = (
-        ("vocab.json", lambda file: json.dumps(read_json_object(file), sort_keys=True)),
-        ("vocab.txt", lambda file: file.read_text(encoding="utf-8")),
-        ("tokenizer.model", lambda file: file.read_bytes().hex()),
+    readers: tuple[tuple[str, Callable[[str], str]], ...] = (
+        ("vocab.json", lambda file: json.dumps(folder.read_json(file), sort_keys=True)),
+        ("vocab.txt", folder.read_text),
+        ("tokenizer.model", lambda file: folder.read_bytes(file).hex()),
     )
-    return next((read(folder / name) for name, read in readers if (folder / name).is_file()), None)
+    return next((read(name) for name, read in readers if folder.has(name)), None)
 
 
-def _chat_template(folder: Path) -> str | None:
+def _chat_template(folder: Folder) -> str | None:
     """The chat template from wherever this version of the tokenizer keeps it."""
-    if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8").strip()
+    if folder.has("chat_template.jinja"):
+        return folder.read_text("chat_template.jinja").strip()
     for name in ("chat_template.json", "tokenizer_config.json"):
-        if (folder / name).is_file():
-            template = read_json_object(folder / name).get("chat_template")
+        if folder.has(name):
+            template = folder.read_json(name).get("chat_template")
             if template is not None:
                 return template.strip() if isinstance(template, str) else json.dumps(template)
     return None

@@ -5,7 +5,6 @@ orthogonal, while two SFT updates (or two RL updates) of different data visibly 
 """
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,7 +12,8 @@ import torch
 from torch import Tensor
 
 from past_ray.errors import SkillVectorError
-from past_ray.skill.compatibility import check_same_parameters
+from past_ray.skill.compatibility import check_float_tensors, check_same_parameters
+from past_ray.skill.parameter_names import parse
 
 PROJECTION_MODULES = (
     "q_proj",
@@ -25,8 +25,6 @@ PROJECTION_MODULES = (
     "down_proj",
 )
 """The paper's W_Q, W_K, W_V, W_O, W_gate, W_up and W_down, by their names in Llama and Qwen2."""
-
-_PARAMETER = re.compile(r"(?:.*\.)?layers\.(?P<layer>\d+)\.(?:.*\.)?(?P<module>[^.]+)\.weight")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +58,7 @@ def update(after: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> dict[st
     Raises:
         SkillVectorError: Names or shapes differ, or a tensor is not floating point.
     """
-    check_same_parameters("after", after, "before", before)
+    _check("after", after, "before", before)
     return {name: after[name].float() - before[name].float() for name in after}
 
 
@@ -78,12 +76,17 @@ def cosine_table(
     Reference:
         PaST https://arxiv.org/abs/2601.11258 section 5, Figures 2 and 4, Tables 10 and 11.
     """
-    check_same_parameters("update_a", update_a, "update_b", update_b)
+    _check("update_a", update_a, "update_b", update_b)
     rows = [
         _module_cosine(name, update_a[name], update_b[name])
         for name in update_a
         if name.endswith(".weight")
     ]
+    return sort_rows(rows)
+
+
+def sort_rows(rows: Sequence[ModuleCosine]) -> list[ModuleCosine]:
+    """Return the rows with the layers first, otherwise in their order."""
     return sorted(rows, key=lambda row: math.inf if row.layer is None else row.layer)
 
 
@@ -112,13 +115,22 @@ def frobenius_norm(tensor: Tensor) -> float:
     return float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
 
 
+def _check(
+    left_name: str, left: Mapping[str, Tensor], right_name: str, right: Mapping[str, Tensor]
+) -> None:
+    shapes = [{name: tuple(tensor.shape) for name, tensor in x.items()} for x in (left, right)]
+    check_same_parameters(left_name, shapes[0], right_name, shapes[1])
+    check_float_tensors(left_name, left)
+    check_float_tensors(right_name, right)
+
+
 def _module_cosine(name: str, a: Tensor, b: Tensor) -> ModuleCosine:
-    match = _PARAMETER.fullmatch(name)
+    place = parse(name)
     norm_a, norm_b = frobenius_norm(a), frobenius_norm(b)
     inner = float(torch.dot(a.flatten().double(), b.flatten().double()))
     return ModuleCosine(
-        layer=int(match["layer"]) if match else None,
-        module=match["module"] if match else name.split(".")[-2],
+        layer=place.layer,
+        module=place.module,
         cosine=inner / (norm_a * norm_b) if norm_a > 0 and norm_b > 0 else math.nan,
         norm_a=norm_a,
         norm_b=norm_b,

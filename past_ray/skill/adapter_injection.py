@@ -1,0 +1,76 @@
+"""A skill vector in the LoRA form added to a target that is a LoRA adapter itself."""
+
+import logging
+from dataclasses import replace
+
+from past_ray.config.skill import ScaleConfig
+from past_ray.errors import SkillVectorError
+from past_ray.locations import Folder, Place, open_folder, write_folder
+from past_ray.skill.adapter import Adapter, concatenate
+from past_ray.skill.adapter_folder import CONFIG_FILE, read_adapter, write_adapter
+from past_ray.skill.artefact import SkillVector
+from past_ray.skill.checkpoint import LINEAGE_FILE
+from past_ray.skill.compatibility import check_has_parameters, check_same_fingerprint, fingerprint
+from past_ray.skill.lineage import check_base, injection_lineage
+from past_ray.skill.parameter_names import scale_of
+from past_ray.skill.weights import CONFIG_FILE as MODEL_CONFIG_FILE
+from past_ray.skill.weights import open_weights
+from past_ray.storage import write_json
+
+logger = logging.getLogger(__name__)
+
+
+def inject_into_adapter(
+    folder: Folder, vector: SkillVector, out: Place, config: ScaleConfig, *, allow_other_base: bool
+) -> None:
+    """Write the adapter of ``target's delta + scale * v``: their ranks add up, exactly.
+
+    Args:
+        folder: The target adapter.
+        vector: What is added.
+        out: Where the result goes.
+        config: The scale, or one for each layer and module.
+        allow_other_base: Accept a target whose base is not the vector's.
+
+    Raises:
+        SkillVectorError: The vector is dense, or the two adapters do not fit together.
+        StorageError: A folder is unreadable, or the disk is full.
+    """
+    if vector.adapter is None:
+        raise SkillVectorError(
+            f"a target that is an adapter takes a vector in the LoRA form, but {vector.folder} is"
+            " dense. Extract it with --rank, or merge the target's adapter into its base."
+        )
+    target = read_adapter(folder)
+    base = target.config.get("base_model_name_or_path")
+    _check_base_model(folder, base, vector, allow_other_base=allow_other_base)
+    scaled = {
+        name: replace(module, scaling=module.scaling * scale_of(name, config))
+        for name, module in vector.adapter.modules.items()
+    }
+    adapted = concatenate([(1.0, target), (1.0, Adapter(modules=scaled, config={}))])
+    with write_folder(out, commit=CONFIG_FILE) as writer:
+        write_adapter(writer.path, adapted, base_model=base)
+        write_json(writer.path / LINEAGE_FILE, injection_lineage(folder, vector, config))
+
+
+def _check_base_model(
+    folder: Folder, base: str | None, vector: SkillVector, *, allow_other_base: bool
+) -> None:
+    """Check the model under the target as far as it can be found."""
+    if not base or not open_folder(base).has(MODEL_CONFIG_FILE):
+        logger.warning(
+            "adapter %s names no base folder that can be read (%s): only its modules' shapes are"
+            " checked against the vector",
+            folder,
+            base,
+        )
+        return
+    check_same_fingerprint(
+        f"base {base}", fingerprint(base), f"skill {vector.folder}", vector.manifest.fingerprint
+    )
+    weights = open_weights(base)
+    check_has_parameters(
+        f"base {base}", weights.shapes(), f"skill {vector.folder}", vector.manifest.shapes
+    )
+    check_base(folder, weights, vector.manifest, allow_other_base=allow_other_base)
