@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install demo demo-seeds demo-squad check test lock clean
+.PHONY: help install demo demo-seeds demo-squad bench-skill check test lock clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
@@ -30,6 +30,18 @@ demo-seeds: install  ## The demo under seeds 0, 1, 2: runs/demo-seeds/report.jso
 
 demo-squad: install  ## SmolLM2-135M on real SQuAD text (needs PAST_RAY_DATA)
 	$(BIN)/past-ray run jobs/configs/demo-squad.yaml
+
+# mergekit gets an environment of its own, so that it cannot change ours.
+BENCH_PIP := .venv-bench/bin/python -m pip install --quiet --disable-pip-version-check --no-deps
+
+.venv-bench/.installed: requirements/torch.lock requirements/bench.lock
+	test -x .venv-bench/bin/python || $(PYTHON) -m venv .venv-bench
+	$(BENCH_PIP) -r requirements/torch.lock 2>/dev/null || $(BENCH_PIP) --index-url $(TORCH_INDEX) -r requirements/torch.lock
+	$(BENCH_PIP) -r requirements/bench.lock
+	touch $@
+
+bench-skill: install .venv-bench/.installed  ## Injection against mergekit and a copy: runs/bench/skill.json
+	$(BIN)/python -m benchmarks.bench_skill
 
 check: install  ## Lint, format, types and import contracts
 	$(BIN)/ruff check .
