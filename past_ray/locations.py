@@ -182,6 +182,11 @@ class RandomAccessFile:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def __del__(self) -> None:
+        """Let the file go with the last reader; several threads and closures may share one."""
+        if hasattr(self, "_file"):
+            self.close()
+
     def close(self) -> None:
         """Close the file; closing twice is harmless."""
         self._file.close()

@@ -58,7 +58,13 @@ def atomic_directory(path: Path) -> Generator[Path]:
     if path.exists() and not path.is_dir():
         raise StorageError(f"{path} must be a directory or absent, found a file. Move it away.")
     with _full_disk_explained(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise StorageError(
+                f"{path.parent} must be a directory or absent, found a file on the way. Choose"
+                " another place."
+            ) from error
         _clean_up_after_dead_writers(path)
     writing = _sibling(path, "writing")
     try:
@@ -287,14 +293,25 @@ def _flush(path: Path, flags: int) -> None:
 
 def _put_in_place(writing: Path, path: Path) -> None:
     """Give ``writing`` the name ``path``; an older ``path`` ends under a hidden name, deleted."""
-    if not path.exists():
-        writing.rename(path)
+    if not path.exists() and _renamed(writing, path):
+        pass
     elif not _exchange(writing, path):
         replaced = _sibling(path, "replaced")
         path.rename(replaced)
         writing.rename(path)
         shutil.rmtree(replaced, ignore_errors=True)
     _flush_directory(path.parent)
+
+
+def _renamed(writing: Path, path: Path) -> bool:
+    """Rename; False where another writer has put its version at ``path`` meanwhile."""
+    try:
+        writing.rename(path)
+    except OSError as error:
+        if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
+            return False
+        raise
+    return True
 
 
 def _exchange(left: Path, right: Path) -> bool:

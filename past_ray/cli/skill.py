@@ -1,6 +1,7 @@
 """``past-ray skill``: skill vectors as folders. Heavy imports follow the parsing."""
 
 import json
+import math
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -78,7 +79,7 @@ def extract(
 
         provenance = Provenance(
             task=task,
-            refinement_round=refinement_round,
+            refinement_round=int(_at_least("--round", refinement_round, 0)),
             seed=seed,
             reward=reward,
             rl_recipe=None if recipe is None else _read_yaml(recipe),
@@ -120,10 +121,13 @@ def inject(
 ) -> None:
     """Write TARGET + scale * SKILL; several targets go into folders of their names inside OUT."""
     with _session(workers, chunk_mib, shard_gb, address) as settings:
-        from past_ray.skill import inject
+        from past_ray.skill import check_target, inject
 
         strength = _scale(scale, scales)
-        for target, place in _places(targets, out).items():
+        places = _places(targets, out)
+        for target in targets:
+            check_target(target, skill, allow_other_base=allow_other_base)
+        for target, place in places.items():
             inject(
                 target,
                 skill,
@@ -301,8 +305,8 @@ def _session(
         from past_ray.skill.stream import StreamSettings
 
         options: dict[str, Any] = {
-            "chunk_blocks": chunk_mib,
-            "max_shard_bytes": int(shard_gb * 1e9),
+            "chunk_blocks": int(_at_least("--chunk-mib", chunk_mib, 1)),
+            "max_shard_bytes": int(_at_least("--shard-gb", shard_gb, 1e-9) * 1e9),
         }
         if workers is not None:
             options["workers"] = workers
@@ -353,6 +357,12 @@ def _numbers(option: str, text: str) -> list[float]:
         raise ConfigError(f"{option} must be numbers such as 0,0.5,1, got {text!r}.") from error
 
 
+def _at_least(option: str, value: float, least: float) -> float:
+    if not least <= value < math.inf:
+        raise ConfigError(f"{option} must be at least {least:g}, got {value:g}.")
+    return value
+
+
 def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> Any:  # noqa: ANN401 - a literal
     if value not in allowed:
         raise ConfigError(f"{option} must be one of {', '.join(allowed)}, got {value!r}.")
@@ -361,11 +371,14 @@ def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> Any:  # noqa: 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
     try:
         values = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} must be a readable YAML file: {error}.") from error
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
+        found = " ".join(str(error).split())
+        raise ConfigError(f"{path} must be a readable YAML file: {found}.") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold a mapping, found {type(values).__name__}.")
     return {str(key): value for key, value in values.items()}

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from rich.console import Console
@@ -14,6 +14,7 @@ from rich.table import Table
 from past_ray.skill.comparison import Comparison
 from past_ray.skill.geometry import PROJECTION_MODULES, ModuleCosine
 from past_ray.skill.inspection import Inspection, NormRow, RoundingCost
+from past_ray.skill.manifest import energy_kept
 
 COLOURS = ((0.2, "bold red"), (0.05, "yellow"))
 """Least absolute cosine and its style; smaller ones are plain."""
@@ -58,15 +59,17 @@ def progress_bar() -> Generator[Callable[[int, int], None]]:
 def print_inspection(found: Inspection) -> None:
     """Print lineage, norms and the cost of rounding."""
     console, manifest = Console(), found.manifest
-    lineage = Table(show_header=False, title=f"Skill vector: {manifest.task}", title_justify="left")
-    for key in SHOWN_FACTS:
-        if (value := getattr(manifest, key)) is not None:
-            lineage.add_row(key, str(value))
-    lineage.add_row("norm", f"{manifest.norm:.6g}")
-    lineage.add_row("tensors", str(len(manifest.tensors)))
-    corrections = sum(record.num_corrections for record in manifest.tensors.values())
-    lineage.add_row("corrections beyond float32", str(corrections))
-    console.print(lineage)
+    console.print(f"Skill vector: {manifest.task}", style="bold")
+    facts = {key: getattr(manifest, key) for key in SHOWN_FACTS} | {
+        "norm": f"{manifest.norm:.6g}",
+        "tensors": len(manifest.tensors),
+        "corrections": sum(record.num_corrections for record in manifest.tensors.values()),
+        "energy_kept": energy_kept(manifest.tensors),
+    }
+    for key, value in facts.items():
+        if value is not None:
+            # Not wrapped: a hash is there to be copied.
+            console.print(f"  {key:<18}{value}", soft_wrap=True, highlight=False)
     console.print(_norm_table("By layer", found.by_layer))
     console.print(_norm_table("By module", found.by_module))
     for title, cost in (
@@ -80,10 +83,11 @@ def print_inspection(found: Inspection) -> None:
 def print_comparisons(comparisons: Sequence[Comparison]) -> None:
     """Print the pair of interest layer by layer, and every pair's means."""
     console = Console()
-    console.print(_cosine_table(comparisons[0]))
+    titles = _titles(comparisons)
+    console.print(_cosine_table(comparisons[0], titles[0]))
     means = Table("pair", "mean of projections", "whole vectors", title="Every pair")
-    for found in comparisons:
-        means.add_row(_title(found), f"{found.mean:+.5f}", f"{found.overall:+.5f}")
+    for title, found in zip(titles, comparisons, strict=True):
+        means.add_row(title, *(_cosine_text(value, 5) for value in (found.mean, found.overall)))
     console.print(means)
 
 
@@ -91,7 +95,10 @@ def plot_comparisons(comparisons: Sequence[Comparison], path: Path) -> None:
     """Draw one heat map, layer by module, for each pair."""
     from past_ray.pipelines.plots import draw_cosines, save_png
 
-    tables = {_title(found): [_cell(row) for row in found.rows] for found in comparisons}
+    tables = {
+        title: [_cell(row) for row in found.rows]
+        for title, found in zip(_titles(comparisons), comparisons, strict=True)
+    }
     height = 2.0 + 2.6 * len(tables)
     save_png(lambda figure: draw_cosines(figure, tables), path, width=9.0, height=height)
 
@@ -123,24 +130,25 @@ def _norm_table(title: str, rows: Sequence[NormRow]) -> Table:
     return table
 
 
-def _cosine_table(found: Comparison) -> Table:
+def _cosine_table(found: Comparison, title: str) -> Table:
     """Layers down, projection modules across."""
     cells = {(row.layer, row.module): row.cosine for row in found.rows}
     modules = [m for m in PROJECTION_MODULES if any(module == m for _, module in cells)]
-    table = Table("layer", title=f"Cosines of {_title(found)}", title_justify="left")
+    title = f"Cosines of {title}, projection matrices"
+    table = Table("layer", title=title, title_justify="left")
     for module in modules:
-        table.add_column(module, justify="right")
+        table.add_column(module.removesuffix("_proj"), justify="right")
     for layer in sorted({layer for layer, _ in cells if layer is not None}):
         values = [cells.get((layer, module), math.nan) for module in modules]
         table.add_row(str(layer), *map(_cosine_text, values))
     return table
 
 
-def _cosine_text(cosine: float) -> str:
+def _cosine_text(cosine: float, digits: int = 4) -> str:
     if math.isnan(cosine):
         return "-"
     style = next((style for least, style in COLOURS if abs(cosine) >= least), None)
-    text = f"{cosine:+.4f}"
+    text = f"{cosine:+.{digits}f}"
     return f"[{style}]{text}[/]" if style else text
 
 
@@ -152,8 +160,17 @@ def _cost_text(cost: RoundingCost) -> str:
     )
 
 
-def _title(found: Comparison) -> str:
-    return f"{Path(found.left).name} and {Path(found.right).name}"
+def _titles(comparisons: Sequence[Comparison]) -> list[str]:
+    """Name each pair by as much of the end of its paths as tells all folders apart."""
+    folders = {place for found in comparisons for place in (found.left, found.right)}
+    parts = {place: PurePosixPath(place).parts for place in folders}
+    length = next(
+        length
+        for length in range(1, max(map(len, parts.values())) + 1)
+        if len({parts[place][-length:] for place in folders}) == len(folders)
+    )
+    names = {place: "/".join(parts[place][-length:]) for place in folders}
+    return [f"{names[found.left]} and {names[found.right]}" for found in comparisons]
 
 
 def _cell(row: ModuleCosine) -> Any:  # noqa: ANN401 - a row of the report's heat map

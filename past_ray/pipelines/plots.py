@@ -250,7 +250,7 @@ def draw_cosines(figure: Figure, tables: Mapping[str, Sequence[CosineEntry]]) ->
         )
         if len(layers) <= MAX_ANNOTATED_LAYERS:
             _annotate(axes, values, limit)
-        every = math.ceil(len(layers) / 16)
+        every = max(1, math.ceil(len(layers) / 16))
         shown = range(0, len(layers), every)
         axes.set_xticks([place + 0.5 for place in shown], [str(layers[place]) for place in shown])
         axes.set_yticks([place + 0.5 for place in range(len(modules))], modules)

@@ -8,7 +8,7 @@ from past_ray.skill.artefact import LoadedSkill, load_skill
 from past_ray.skill.combination import MergeRule, combine
 from past_ray.skill.comparison import Comparison, compare
 from past_ray.skill.extraction import extract
-from past_ray.skill.injection import Rounding, inject, sweep
+from past_ray.skill.injection import Rounding, check_target, inject, sweep
 from past_ray.skill.inspection import Inspection, inspect
 from past_ray.skill.manifest import Provenance, SkillManifest, load_manifest
 from past_ray.skill.selection import select
@@ -25,6 +25,7 @@ __all__ = [
     "SkillManifest",
     "StreamSettings",
     "Verification",
+    "check_target",
     "combine",
     "compare",
     "extract",

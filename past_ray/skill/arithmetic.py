@@ -9,7 +9,6 @@ often smaller than one bfloat16 step (1.0 and 1.002 are the same bfloat16 number
 has rounded away no subtraction brings back.
 """
 
-import math
 from collections.abc import Mapping
 
 import torch
@@ -74,8 +73,7 @@ def inject_skill_vector(
     Reference:
         PaST https://arxiv.org/abs/2601.11258 section 3: theta_final = theta_sft + lambda * v.
     """
-    if not math.isfinite(scale):
-        raise SkillVectorError(f"scale must be a finite number, got {scale}. The paper uses 1.")
+    check_scale(scale)
     shared = {name: tuple(target[name].shape) for name in target if name in skill_vector}
     check_same_parameters("target", shared, "skill_vector", _shapes(skill_vector))
     check_float_tensors("target", target)
@@ -91,6 +89,22 @@ def inject_skill_vector(
             correct(total, wide, vector, scale, corrections[name])
         adapted[name] = total.to(weight.dtype).view(weight.shape)
     return adapted
+
+
+def check_scale(scale: float, *, of: str = "") -> None:
+    """Refuse a factor that float32 cannot hold.
+
+    Args:
+        scale: The factor.
+        of: Whose it is, for the message.
+
+    Raises:
+        SkillVectorError: It is NaN, infinite or too large.
+    """
+    if not abs(scale) <= torch.finfo(torch.float32).max:
+        raise SkillVectorError(
+            f"scale must be a finite number of float32, got {scale}{of}. The paper uses 1."
+        )
 
 
 def difference(rl: Tensor, sft: Tensor, *, out: Tensor | None = None) -> Tensor:

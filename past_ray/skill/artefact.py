@@ -50,6 +50,14 @@ from past_ray.skill.manifest import (
 from past_ray.skill.weights import StoredWeights, open_weights
 from past_ray.storage import write_json, write_text
 
+_ADVICE = {
+    "difference": "RL and SFT are further apart than float32 reaches: check that one grew from the"
+    " other.",
+    "combination": "The sum is larger than float32 reaches: use smaller weights.",
+    "adapted model": "The sum does not fit the dtype: use a smaller scale or another dtype.",
+}
+"""What to do about numbers that are not finite, where training is not to blame."""
+
 
 class SkillVector:
     """An open skill folder of either form, read chunk by chunk as float32 differences.
@@ -81,12 +89,13 @@ class SkillVector:
         else:
             self._weights = open_weights(self.folder)
             shapes, digests = self._weights.shapes(), {}
-            if any(record.num_corrections for record in self.manifest.tensors.values()):
+            if any(record.corrections_digest for record in self.manifest.tensors.values()):
                 self._corrections = _StoredCorrections(self.folder, self.manifest)
         check_same_parameters(
             f"{self.folder}", shapes, f"its {MANIFEST_FILE}", self.manifest.shapes
         )
         self.check_digests(digests)
+        self._check_own_hash()
 
     @property
     def adapter(self) -> Adapter | None:
@@ -114,6 +123,15 @@ class SkillVector:
     def needs_check(self) -> bool:
         """Whether the differences' digests are still to be compared with the manifest."""
         return self._weights is not None
+
+    def _check_own_hash(self) -> None:
+        found = vector_hash(self.manifest.tensors)
+        if found != self.manifest.vector_hash:
+            raise SkillVectorError(
+                f"{self.folder} must have the recorded vector_hash {self.manifest.vector_hash},"
+                f" found {found} from its tensors and corrections. The {MANIFEST_FILE} was changed:"
+                " copy or extract it again."
+            )
 
     def check_digests(self, found: Mapping[str, str]) -> None:
         """Refuse numbers that are not those that were saved.
@@ -172,8 +190,18 @@ def write_dense_skill(
     shapes: Mapping[str, tuple[int, ...]],
     totals: Mapping[str, TensorTotals],
     facts: Mapping[str, Any],
+    *,
+    records: Mapping[str, TensorRecord] | None = None,
 ) -> SkillManifest:
-    """Write what a dense skill folder holds beside its differences; return the manifest."""
+    """Write what a dense skill folder holds beside its differences; return the manifest.
+
+    Args:
+        writer: The folder, with its weights.
+        shapes: Of the parameters.
+        totals: What was measured while they were written.
+        facts: Everything else that the manifest says.
+        records: What is known of the parameters already; None takes it from ``totals``.
+    """
     corrections = {
         f"{name}.{key}": value
         for name, total in totals.items()
@@ -182,7 +210,8 @@ def write_dense_skill(
     }
     if corrections:
         save_tensors(writer.path / CORRECTIONS_FILE, corrections)
-    records = {name: _record(shapes[name], total) for name, total in totals.items()}
+    if records is None:
+        records = {name: tensor_record(shapes[name], total) for name, total in totals.items()}
     return _write_manifest(writer, form="dense", records=records, facts=facts)
 
 
@@ -191,7 +220,7 @@ def write_adapter_skill(
     adapter: Adapter,
     facts: Mapping[str, Any],
     *,
-    energy_kept: Mapping[str, float] | None = None,
+    energy_kept: Mapping[str, float | None] | None = None,
 ) -> SkillManifest:
     """Write an adapter as a skill folder; return the manifest."""
     adapter = concatenate([(1.0, adapter)])
@@ -251,9 +280,11 @@ def check_finite(name: str, **values: Tensor) -> None:
     for role, tensor in values.items():
         broken = int((~torch.isfinite(tensor)).sum())
         if broken:
+            advice = _ADVICE.get(
+                role, "Training diverged (lower the learning rate), or the file is damaged."
+            )
             raise SkillVectorError(
-                f"{role} must be finite, found {broken} NaN or infinite entries in {name}."
-                " Training diverged (lower the learning rate), or the file is damaged."
+                f"{role} must be finite, found {broken} NaN or infinite entries in {name}. {advice}"
             )
 
 
@@ -266,7 +297,8 @@ def vector_sums(vector: Tensor) -> dict[str, list[float]]:
     return sums
 
 
-def _record(shape: tuple[int, ...], total: TensorTotals) -> TensorRecord:
+def tensor_record(shape: tuple[int, ...], total: TensorTotals) -> TensorRecord:
+    """Return what the manifest says of a dense parameter."""
     sums = total.sums
     norm = math.sqrt(sums["square"])
     record = TensorRecord(
@@ -277,7 +309,8 @@ def _record(shape: tuple[int, ...], total: TensorTotals) -> TensorRecord:
         num_corrections=0 if total.corrections is None else len(total.corrections[0]),
         corrections_digest=_corrections_digest(total.corrections),
     )
-    if "bf16_square" not in sums:
+    # The largest float32 numbers are infinite in bfloat16.
+    if not math.isfinite(sums.get("bf16_square", math.nan)):
         return record
     bf16_norm = math.sqrt(sums["bf16_square"])
     return record.model_copy(
@@ -311,15 +344,16 @@ class _StoredCorrections:
     NUM_KEPT = 8
 
     def __init__(self, folder: Folder, manifest: SkillManifest) -> None:
-        corrected = [name for name, r in manifest.tensors.items() if r.num_corrections]
+        corrected = [name for name, r in manifest.tensors.items() if r.corrections_digest]
         names = [f"{name}.{key}" for name in corrected for key in ("entries", "values")]
         self._stored = StoredWeights(folder, dict.fromkeys(names, CORRECTIONS_FILE))
+        self._folder = folder
         self._digests = {name: manifest.tensors[name].corrections_digest for name in corrected}
         self._kept: dict[str, Corrections] = {}
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_stored": self._stored, "_digests": self._digests}
+        return {"_stored": self._stored, "_folder": self._folder, "_digests": self._digests}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _kept={}, _lock=threading.Lock())
@@ -343,8 +377,8 @@ class _StoredCorrections:
                 )
                 if _corrections_digest(found) != self._digests[name]:
                     raise StorageError(
-                        f"the corrections of {name} must be those that were saved, found others."
-                        " The folder was changed or damaged: copy or extract it again."
+                        f"the corrections of {name} must be those that were saved, found others in"
+                        f" {self._folder}. It was changed or damaged: copy or extract it again."
                     )
                 if len(self._kept) >= self.NUM_KEPT:
                     del self._kept[next(iter(self._kept))]

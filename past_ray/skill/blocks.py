@@ -115,6 +115,11 @@ def tensor_digest(dtype: torch.dtype, shape: tuple[int, ...], digests: bytes) ->
     return blake3(f"{name}\0{list(shape)}\0".encode() + digests).hexdigest()
 
 
+def digests_of(totals: Mapping[str, TensorTotals], key: str) -> dict[str, str]:
+    """Return the digests called ``key`` of the tensors that have one."""
+    return {n: total.digests[key] for n, total in totals.items() if key in total.digests}
+
+
 def weights_hash(digests: Mapping[str, str]) -> str:
     """Return the hash of a set of tensors: BLAKE3 over sorted names and their digests."""
     text = "".join(f"{name}\0{digests[name]}\n" for name in sorted(digests))

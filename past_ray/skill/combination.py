@@ -1,5 +1,6 @@
 """Several skill vectors put together into one."""
 
+import math
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,10 +20,20 @@ from past_ray.skill.artefact import (
     write_adapter_skill,
     write_dense_skill,
 )
-from past_ray.skill.blocks import BLOCK, Chunk, Measures, Workspace, block_digests, blocks
+from past_ray.skill.blocks import (
+    BLOCK,
+    Chunk,
+    Measures,
+    Workspace,
+    block_digests,
+    blocks,
+    digests_of,
+)
 from past_ray.skill.compatibility import check_same_fingerprint, check_same_parameters
+from past_ray.skill.lineage import check_relatives
 from past_ray.skill.manifest import MANIFEST_FILE, Ingredient, SkillManifest
 from past_ray.skill.noise import uniform_bits
+from past_ray.skill.places import check_places
 from past_ray.skill.stream import StreamSettings, measure, write_weights
 
 Method = Literal["linear", "ties", "dare"]
@@ -64,7 +75,8 @@ class Combination:
 
     def __call__(self, chunk: Chunk, workspace: Workspace) -> tuple[list[Tensor], Measures]:
         """Return the ``[n]`` merged entries, and digests and sums."""
-        parts = [blocks(values) for values in self._read(chunk, workspace)]
+        measures = Measures()
+        parts = [blocks(values) for values in self._read(chunk, workspace, measures)]
         merged = torch.cat(
             [
                 self._merge(list(part), chunk.name, chunk.start + number * BLOCK)
@@ -73,7 +85,8 @@ class Combination:
             or [torch.empty(0)]
         )
         check_finite(chunk.name, combination=merged)
-        measures = Measures(digests={"vector": block_digests(merged)}, sums=vector_sums(merged))
+        measures.digests["vector"] = block_digests(merged)
+        measures.sums |= vector_sums(merged)
         return [merged], measures
 
     def _merge(self, chunks: list[Tensor], name: str, start: int) -> Tensor:
@@ -95,13 +108,17 @@ class Combination:
             ]
         return merging.linear(chunks, weights=self.weights)
 
-    def _read(self, chunk: Chunk, workspace: Workspace) -> list[Tensor]:
-        return [
-            vector.read(chunk, workspace, role=f"vector {number}")
-            if chunk.name in vector.manifest.tensors
-            else torch.zeros(chunk.numel)
-            for number, vector in enumerate(self.vectors)
-        ]
+    def _read(self, chunk: Chunk, workspace: Workspace, measures: Measures) -> list[Tensor]:
+        """Read every vector's entries; -0.0, which changes no sum, where it has no parameter."""
+        chunks: list[Tensor] = []
+        for number, vector in enumerate(self.vectors):
+            if chunk.name not in vector.manifest.tensors:
+                chunks.append(torch.full((chunk.numel,), -0.0))
+                continue
+            chunks.append(vector.read(chunk, workspace, role=f"vector {number}"))
+            if vector.needs_check:
+                measures.digests[f"vector {number}"] = block_digests(chunks[-1])
+        return chunks
 
 
 def combine(
@@ -133,6 +150,7 @@ def combine(
         section 4; DARE https://arxiv.org/abs/2311.03099 section 3.
     """
     rule, settings = rule or MergeRule(), settings or StreamSettings()
+    check_places([out], skills)
     vectors = tuple(SkillVector(place) for place in skills)
     factors = tuple(weights) if weights is not None else (1.0,) * len(vectors)
     if not vectors or len(factors) != len(vectors):
@@ -140,6 +158,8 @@ def combine(
             f"there must be one weight for each vector, got {len(factors)} weights for"
             f" {len(vectors)} vectors."
         )
+    if not all(math.isfinite(factor) for factor in factors):
+        raise SkillVectorError(f"weights must be finite numbers, got {list(factors)}.")
     _check_same_kind(vectors)
     facts = _facts(vectors, factors, rule)
     adapters = [vector.adapter for vector in vectors if vector.adapter is not None]
@@ -162,6 +182,8 @@ def combine(
             dtypes=dict.fromkeys(shapes, torch.float32),
             settings=settings,
         )
+        for number, vector in enumerate(vectors):
+            vector.check_digests(digests_of(totals, f"vector {number}"))
         return write_dense_skill(writer, shapes, totals, facts)
 
 
@@ -188,6 +210,8 @@ def _check_same_kind(vectors: Sequence[SkillVector]) -> None:
             f" {', '.join(sorted(map(str, bases)))}."
             " Extract them from models that were fine-tuned from the same base."
         )
+    for other in vectors[1:]:
+        check_relatives(first, other)
 
 
 def _facts(
@@ -227,7 +251,7 @@ def _facts(
 def _threshold(vector: SkillVector, density: float, settings: StreamSettings) -> float:
     """Return the magnitude that the kept share of a whole vector reaches: two passes over it."""
     shapes = vector.manifest.shapes
-    numel = sum(torch.Size(shape).numel() for shape in shapes.values())
+    numel = sum(math.prod(shape) for shape in shapes.values())
     rank = merging.num_kept(density, num_entries=numel)
     lock = threading.Lock()
 

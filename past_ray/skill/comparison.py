@@ -15,7 +15,16 @@ from torch import Tensor
 from past_ray.errors import SkillVectorError
 from past_ray.locations import Place
 from past_ray.skill.artefact import SkillVector
-from past_ray.skill.blocks import Chunk, Measures, TensorTotals, Workspace, blocks, inner_product
+from past_ray.skill.blocks import (
+    Chunk,
+    Measures,
+    TensorTotals,
+    Workspace,
+    block_digests,
+    blocks,
+    digests_of,
+    inner_product,
+)
 from past_ray.skill.compatibility import check_same_fingerprint, check_same_parameters
 from past_ray.skill.geometry import ModuleCosine, mean_cosine, sort_rows
 from past_ray.skill.parameter_names import parse
@@ -82,6 +91,8 @@ def compare(skills: Sequence[Place], *, settings: StreamSettings | None = None) 
         _InnerProducts(vectors),
         settings=settings or StreamSettings(),
     )
+    for number, vector in enumerate(vectors):
+        vector.check_digests(digests_of(totals, f"vector {number}"))
     return [
         _comparison(vectors, left, right, totals)
         for left, right in combinations(range(len(vectors)), 2)
@@ -95,12 +106,14 @@ class _InnerProducts:
         self._vectors = vectors
 
     def __call__(self, chunk: Chunk, workspace: Workspace) -> Measures:
+        measures = Measures()
         parts: dict[int, list[Tensor]] = {}
         for number, vector in enumerate(self._vectors):
             if chunk.name in vector.manifest.tensors:
                 values = vector.read(chunk, workspace, role=f"vector {number}")
                 parts[number] = list(blocks(values))
-        measures = Measures()
+                if vector.needs_check:
+                    measures.digests[f"vector {number}"] = block_digests(values)
         for left in parts:
             for right in parts:
                 if left <= right:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from past_ray.errors import SkillVectorError
 from past_ray.locations import FolderWriter, Place, open_folder, write_folder
-from past_ray.skill.adapter import Adapter, LoraModule, truncated_svd
+from past_ray.skill.adapter import Adapter, LoraModule, truncated_svd, vllm_rank
 from past_ray.skill.adapter_folder import is_adapter, read_adapter
 from past_ray.skill.arithmetic import difference, find_corrections
 from past_ray.skill.artefact import (
@@ -41,6 +41,7 @@ from past_ray.skill.compatibility import (
 from past_ray.skill.lineage import sketch
 from past_ray.skill.manifest import MANIFEST_FILE, Provenance, SkillManifest, load_manifest
 from past_ray.skill.parameter_names import parse
+from past_ray.skill.places import check_places
 from past_ray.skill.stream import StreamSettings, in_threads, write_weights
 from past_ray.skill.weights import StoredWeights, open_weights
 
@@ -143,6 +144,11 @@ def extract(
         PaST https://arxiv.org/abs/2601.11258 section 3.
     """
     settings = settings or StreamSettings()
+    check_places([out], [rl, sft, base, parent])
+    if rank is not None:
+        if rank < 1:
+            raise SkillVectorError(f"rank must be at least 1, got {rank}.")
+        vllm_rank(rank)
     source = _Source.open(rl, sft, provenance or Provenance(), base=base, parent=parent)
     if source.adapter is not None and rank is not None:
         raise SkillVectorError(
@@ -253,8 +259,6 @@ def _write_truncated(
 ) -> SkillManifest:
     """Write the best adapter of ``rank``: one matrix in memory at a time."""
     assert source.rl is not None
-    if rank < 1:
-        raise SkillVectorError(f"rank must be at least 1, got {rank}.")
     rl, sft = source.rl, source.sft
     modules: dict[str, LoraModule] = {}
     kept: dict[str, float] = {}

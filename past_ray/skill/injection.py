@@ -1,7 +1,7 @@
 """``theta_final = theta_target + scale * v`` for targets of any size and form."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Literal
@@ -13,8 +13,8 @@ from past_ray.config.skill import ScaleConfig
 from past_ray.errors import SkillVectorError
 from past_ray.locations import Folder, FolderWriter, Place, open_folder, write_folder
 from past_ray.skill.adapter_folder import is_adapter
-from past_ray.skill.adapter_injection import inject_into_adapter
-from past_ray.skill.arithmetic import correct, scaled_sum
+from past_ray.skill.adapter_injection import inject_into_adapter, open_target_adapter
+from past_ray.skill.arithmetic import check_scale, correct, scaled_sum
 from past_ray.skill.artefact import SkillVector, check_finite
 from past_ray.skill.blocks import (
     BLOCK,
@@ -23,6 +23,7 @@ from past_ray.skill.blocks import (
     TensorTotals,
     Workspace,
     block_digests,
+    digests_of,
     weights_hash,
 )
 from past_ray.skill.checkpoint import LINEAGE_FILE, main_dtype, write_companions
@@ -36,6 +37,7 @@ from past_ray.skill.lineage import check_base, injection_lineage
 from past_ray.skill.manifest import is_skill
 from past_ray.skill.noise import uniform_bits
 from past_ray.skill.parameter_names import check_scales_match, scale_of
+from past_ray.skill.places import check_places
 from past_ray.skill.rounding import round_stochastic
 from past_ray.skill.stream import StreamSettings, write_weights
 from past_ray.skill.weights import CONFIG_FILE, StoredWeights, open_weights
@@ -117,15 +119,17 @@ class Injection:
             if corrections is not None:
                 correct(total, wide, vector, scale, corrections)
             output = self._rounded(chunk, total, workspace, role=f"output {number}")
-            self._check(chunk, stored, vector, output)
+            _check_output(chunk.name, output, target=stored, vector=vector)
             outputs.append(output)
         return outputs, measures
 
     def _converted(self, chunk: Chunk, stored: Tensor, workspace: Workspace) -> Tensor:
         """What is not changed is copied bit for bit, unless another dtype is asked for."""
-        if stored.dtype == self.dtypes[chunk.name]:
-            return stored
-        return self._rounded(chunk, stored.float(), workspace, role="converted")
+        output = stored
+        if stored.dtype != self.dtypes[chunk.name]:
+            output = self._rounded(chunk, stored.float(), workspace, role="converted")
+        _check_output(chunk.name, output, target=stored)
+        return output
 
     def _rounded(self, chunk: Chunk, total: Tensor, workspace: Workspace, *, role: str) -> Tensor:
         dtype = self.dtypes[chunk.name]
@@ -138,10 +142,11 @@ class Injection:
         )
         return round_stochastic(total, dtype, bits=bits)
 
-    def _check(self, chunk: Chunk, stored: Tensor, vector: Tensor, output: Tensor) -> None:
-        """A sum is a cheap test that every entry is finite; only a failure looks closer."""
-        if not math.isfinite(float(output.sum(dtype=torch.float32))):
-            check_finite(chunk.name, target=stored, vector=vector, **{"adapted model": output})
+
+def _check_output(name: str, output: Tensor, **inputs: Tensor) -> None:
+    """A sum is a cheap test that every entry is finite; only a failure looks closer."""
+    if not math.isfinite(float(output.sum(dtype=torch.float32))):
+        check_finite(name, **inputs, **{"adapted model": output})
 
 
 def inject(
@@ -216,6 +221,25 @@ def sweep(
     _inject(target, skill, list(outs.items()), options, settings or StreamSettings())
 
 
+def check_target(target: Place, skill: Place, *, allow_other_base: bool = False) -> None:
+    """Refuse a target that ``inject`` would refuse, reading headers and a few weights only.
+
+    Args:
+        target: The target domain's SFT model, or its adapter.
+        skill: Skill folder.
+        allow_other_base: As for ``inject``.
+
+    Raises:
+        SkillVectorError: Target and skill do not fit together.
+        StorageError: A folder is unreadable.
+    """
+    folder, vector = _open_both(target, skill)
+    if is_adapter(folder):
+        open_target_adapter(folder, vector, allow_other_base=allow_other_base)
+    else:
+        _open_target(folder, vector, allow_other_base=allow_other_base)
+
+
 @dataclass(frozen=True, slots=True)
 class _Options:
     """What ``inject`` and ``sweep`` have in common."""
@@ -233,45 +257,55 @@ def _inject(
     settings: StreamSettings,
 ) -> None:
     """Check everything, then write one result for each scale."""
-    folder, vector = open_folder(target), SkillVector(skill)
-    _check_different(folder, [place for _, place in outputs])
-    if is_skill(folder):
-        raise SkillVectorError(
-            f"the target must be a model, but {folder} is a skill vector. Swap the two, or use"
-            " combine to add vectors."
-        )
+    folder, vector = _open_both(target, skill)
+    check_places([place for _, place in outputs], [target, skill])
     configs = [_scale_config(scale) for scale, _ in outputs]
     for config in configs:
         check_scales_match(vector.manifest.tensors, config)
     if is_adapter(folder):
+        if options.rounding != Rounding():
+            raise SkillVectorError(
+                f"an adapted adapter is written in float32, got rounding {options.rounding} for"
+                f" {folder}. Leave dtype and seed out."
+            )
         for config, (_, place) in zip(configs, outputs, strict=True):
             inject_into_adapter(
                 folder, vector, place, config, allow_other_base=options.allow_other_base
             )
         return
-    target_weights = _open_target(folder, vector, allow_other_base=options.allow_other_base)
+    target_weights, is_relative = _open_target(
+        folder, vector, allow_other_base=options.allow_other_base
+    )
     with ExitStack() as stack:
         writers = [
             stack.enter_context(write_folder(place, commit=CONFIG_FILE)) for _, place in outputs
         ]
         totals = _write_models(writers, target_weights, vector, configs, options, settings)
-        vector.check_digests(
-            {name: t.digests["vector"] for name, t in totals.items() if "vector" in t.digests}
-        )
+        vector.check_digests(digests_of(totals, "vector"))
         dtype = options.rounding.dtype or main_dtype(target_weights)
         for writer, config in zip(writers, configs, strict=True):
             write_companions(writer.path, like=folder, dtype=dtype)
-            lineage = injection_lineage(folder, vector, config) | {
-                "rounding": options.rounding.text
-            }
+            lineage = injection_lineage(folder, vector, config, is_relative=is_relative)
+            lineage["rounding"] = options.rounding.text
             if options.verify:
-                digests = {name: total.digests["target"] for name, total in totals.items()}
-                lineage["target_hash"] = weights_hash(digests)
+                lineage["target_hash"] = weights_hash(digests_of(totals, "target"))
             write_json(writer.path / LINEAGE_FILE, lineage)
 
 
-def _open_target(folder: Folder, vector: SkillVector, *, allow_other_base: bool) -> StoredWeights:
-    """Return the target's weights if the vector may be added to them."""
+def _open_both(target: Place, skill: Place) -> tuple[Folder, SkillVector]:
+    folder = open_folder(target)
+    if is_skill(folder):
+        raise SkillVectorError(
+            f"the target must be a model, but {folder} is a skill vector. Swap the two, or use"
+            " combine to add vectors."
+        )
+    return folder, SkillVector(skill)
+
+
+def _open_target(
+    folder: Folder, vector: SkillVector, *, allow_other_base: bool
+) -> tuple[StoredWeights, bool]:
+    """Return the target's weights, and whether they grew from the vector's base."""
     check_same_fingerprint(
         f"target {folder}",
         fingerprint(folder),
@@ -283,8 +317,8 @@ def _open_target(folder: Folder, vector: SkillVector, *, allow_other_base: bool)
     check_has_parameters(
         f"target {folder}", target.shapes(), f"skill {vector.folder}", vector.manifest.shapes
     )
-    check_base(folder, target, vector.manifest, allow_other_base=allow_other_base)
-    return target
+    is_relative = check_base(folder, target, vector.manifest, allow_other_base=allow_other_base)
+    return target, is_relative
 
 
 def _write_models(
@@ -302,7 +336,7 @@ def _write_models(
     injection = Injection(
         target=target,
         vector=vector,
-        scales=tuple({name: scale_of(name, config) for name in names} for config in configs),
+        scales=tuple(_factors(names, config) for config in configs),
         dtypes=dtypes,
         rounding_seed=options.rounding.seed,
         verify=options.verify,
@@ -312,20 +346,15 @@ def _write_models(
     )
 
 
+def _factors(names: Iterable[str], config: ScaleConfig) -> dict[str, float]:
+    factors = {name: scale_of(name, config) for name in names}
+    for name, factor in factors.items():
+        check_scale(factor, of=f" of {name}")
+    return factors
+
+
 def _scale_config(scale: Scale) -> ScaleConfig:
     if isinstance(scale, ScaleConfig):
         return scale
-    if not math.isfinite(scale):
-        raise SkillVectorError(f"scale must be a finite number, got {scale}. The paper uses 1.")
+    check_scale(scale)
     return ScaleConfig(scale=scale)
-
-
-def _check_different(folder: Folder, places: Sequence[Place]) -> None:
-    """Two results in one folder, or a result in its own target, would destroy one of them."""
-    uris = [str(folder), *(str(open_folder(place)) for place in places)]
-    twice = sorted({uri for uri in uris if uris.count(uri) > 1})
-    if twice:
-        raise SkillVectorError(
-            f"target and results must be different folders, got {', '.join(twice)} twice."
-            " Give each result a folder of its own."
-        )

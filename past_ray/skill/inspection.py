@@ -6,12 +6,22 @@ from dataclasses import dataclass
 
 import torch
 
+from past_ray.errors import SkillVectorError
 from past_ray.locations import Place, open_folder
-from past_ray.skill.arithmetic import scaled_sum
+from past_ray.skill.arithmetic import check_scale, scaled_sum
 from past_ray.skill.artefact import SkillVector
-from past_ray.skill.blocks import Chunk, Measures, TensorTotals, Workspace, blocks, inner_product
-from past_ray.skill.compatibility import check_has_parameters
-from past_ray.skill.manifest import SkillManifest, bf16_cost
+from past_ray.skill.blocks import (
+    Chunk,
+    Measures,
+    TensorTotals,
+    Workspace,
+    block_digests,
+    blocks,
+    digests_of,
+    inner_product,
+)
+from past_ray.skill.compatibility import check_float_tensors, check_has_parameters
+from past_ray.skill.manifest import SkillManifest, bf16_cost, is_skill
 from past_ray.skill.parameter_names import ParameterPlace, parse
 from past_ray.skill.stream import StreamSettings, measure
 from past_ray.skill.weights import open_weights
@@ -114,10 +124,13 @@ def inspect(
 def _measure_target(
     vector: SkillVector, target: Place, scale: float, settings: StreamSettings
 ) -> RoundingCost:
-    weights = open_weights(target)
-    check_has_parameters(
-        f"target {open_folder(target)}", weights.shapes(), "skill", vector.manifest.shapes
-    )
+    check_scale(scale)
+    folder = open_folder(target)
+    if is_skill(folder):
+        raise SkillVectorError(f"the target must be a model, but {folder} is a skill vector.")
+    weights = open_weights(folder)
+    check_float_tensors(f"target {folder}", weights)
+    check_has_parameters(f"target {folder}", weights.shapes(), "skill", vector.manifest.shapes)
     is_half = all(tensor.torch_dtype == torch.float16 for tensor in weights.values())
     dtype = torch.float16 if is_half else torch.bfloat16
 
@@ -139,9 +152,11 @@ def _measure_target(
                 "noise": inner_product(noise, noise),
             }.items():
                 sums.setdefault(key, []).append(value)
-        return Measures(sums=sums)
+        digests = {"vector": block_digests(values)} if vector.needs_check else {}
+        return Measures(sums=sums, digests=digests)
 
     totals = measure(vector.manifest.shapes, handle, settings=settings)
+    vector.check_digests(digests_of(totals, "vector"))
     return _rounding_cost(totals, vector.manifest, str(dtype).removeprefix("torch."))
 
 

@@ -33,14 +33,23 @@ def read_lineage(folder: Folder) -> dict[str, Any]:
     return folder.read_json(LINEAGE_FILE) if folder.has(LINEAGE_FILE) else {}
 
 
-def injection_lineage(target: Folder, vector: SkillVector, config: ScaleConfig) -> dict[str, Any]:
-    """Return what ``past_ray.json`` of an adapted model says."""
+def injection_lineage(
+    target: Folder, vector: SkillVector, config: ScaleConfig, *, is_relative: bool
+) -> dict[str, Any]:
+    """Return what ``past_ray.json`` of an adapted model says.
+
+    Args:
+        target: What the vector is added to.
+        vector: What is added.
+        config: How much of it.
+        is_relative: What ``check_base`` found: then the vector's base is the model's.
+    """
     recorded, manifest = read_lineage(target), vector.manifest
     return {
         "operation": "inject",
         "target": str(target),
         "target_hash": recorded.get("weights_hash"),
-        "base_hash": recorded.get("base_hash", manifest.base_hash),
+        "base_hash": recorded.get("base_hash") or (manifest.base_hash if is_relative else None),
         "skill_hash": manifest.vector_hash,
         **config.model_dump(),
         "task": manifest.task,
@@ -55,15 +64,15 @@ def sketch(weights: StoredWeights) -> dict[str, tuple[float, ...]]:
     Only matrices: norms and biases are alike in unrelated models.
     """
     matrices = [name for name, tensor in weights.items() if len(tensor.shape) == 2]
-    step = max(1, len(matrices) // NUM_SKETCHED_MATRICES)
-    chosen = matrices[::step][:NUM_SKETCHED_MATRICES]
+    count = min(len(matrices), NUM_SKETCHED_MATRICES)
+    chosen = [matrices[number * len(matrices) // count] for number in range(count)]
     return {name: _few(weights, name) for name in chosen if weights[name].numel}
 
 
 def check_base(
     folder: Folder, weights: StoredWeights, manifest: SkillManifest, *, allow_other_base: bool
-) -> None:
-    """Refuse a target that was not fine-tuned from the vector's base.
+) -> bool:
+    """Refuse a target that was not fine-tuned from the vector's base; tell whether it was.
 
     Args:
         folder: The target.
@@ -76,7 +85,7 @@ def check_base(
     """
     found = _reason_against(read_lineage(folder), weights, manifest)
     if found is None:
-        return
+        return True
     message = (
         f"target {folder} must be fine-tuned from the base of the vector's parents"
         f" ({manifest.base_hash or 'not recorded'}), but {found}."
@@ -87,6 +96,29 @@ def check_base(
             " --allow-other-base (allow_other_base=True)."
         )
     logger.warning("%s Injecting all the same.", message)
+    return False
+
+
+def check_relatives(first: SkillVector, second: SkillVector) -> None:
+    """Refuse two vectors whose parents did not grow from one base, as far as it can be told.
+
+    Raises:
+        SkillVectorError: They record no common base, and their sketches are no relatives.
+    """
+    left, right = first.manifest, second.manifest
+    shared = left.base_sketch.keys() & right.base_sketch.keys()
+    if not shared or (left.base_hash is not None and left.base_hash == right.base_hash):
+        return
+    cosine = _mean_cosine(
+        {name: left.base_sketch[name] for name in shared},
+        {name: right.base_sketch[name] for name in shared},
+    )
+    if cosine < LEAST_BASE_COSINE:
+        raise SkillVectorError(
+            f"{first.folder} and {second.folder} must come from one base, but their SFT parents'"
+            f" weights have a cosine of {cosine:.2f} (at least {LEAST_BASE_COSINE} expected of"
+            " relatives). Extract them from models that were fine-tuned from the same base."
+        )
 
 
 def _reason_against(
@@ -110,9 +142,12 @@ def _reason_against(
 def _mean_cosine(
     ours: Mapping[str, tuple[float, ...]], theirs: Mapping[str, tuple[float, ...]]
 ) -> float:
-    """Over matrices, so that one with large weights does not decide alone."""
-    cosines = [_cosine(ours[name], theirs[name]) for name in theirs]
-    return math.fsum(cosines) / len(cosines)
+    """Over matrices, so that one with large weights does not decide alone.
+
+    Matrices of zeros, as some are before training, have no direction; 1 if there are no others.
+    """
+    cosines = [_cosine(ours[name], theirs[name]) for name in theirs if any(theirs[name])]
+    return math.fsum(cosines) / len(cosines) if cosines else 1.0
 
 
 def _cosine(left: tuple[float, ...], right: tuple[float, ...]) -> float:

@@ -199,18 +199,18 @@ def stamp() -> dict[str, str | None]:
 
 
 def hash_files(paths: Sequence[Path]) -> str:
-    """Return the BLAKE3 of files, in the order of their names, for ``source_data_hash``.
+    """Return the BLAKE3 of files' names and contents, wherever they are, for ``source_data_hash``.
 
     Raises:
         StorageError: A file cannot be read.
     """
-    digest = blake3()
-    for path in sorted(paths):
+    lines: list[str] = []
+    for path in paths:
         try:
-            digest.update(f"{path.name}\0{path.stat().st_size}\0".encode()).update_mmap(path)
+            lines.append(f"{path.name}\0{blake3().update_mmap(path).hexdigest()}\n")
         except OSError as error:
             raise StorageError(f"{path} must be a readable file, got: {error}.") from error
-    return digest.hexdigest()
+    return blake3("".join(sorted(lines)).encode()).hexdigest()
 
 
 def load_manifest(place: Place) -> SkillManifest:
@@ -235,8 +235,12 @@ def load_manifest(place: Place) -> SkillManifest:
     try:
         return SkillManifest.model_validate(values)
     except ValidationError as error:
+        found = "; ".join(
+            f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
+            for problem in error.errors()[:5]
+        )
         raise SkillVectorError(
-            f"{folder}/{MANIFEST_FILE} must be a skill manifest, got: {error}. Extract it again."
+            f"{folder}/{MANIFEST_FILE} must be a skill manifest, got: {found}. Extract it again."
         ) from error
 
 
@@ -267,6 +271,18 @@ def bf16_cost(tensors: Mapping[str, TensorRecord]) -> dict[str, float] | None:
     }
 
 
+def energy_kept(tensors: Mapping[str, TensorRecord]) -> float | None:
+    """Return the share of the matrices' squared norm that a truncated SVD kept; None without one.
+
+    The norm of what was kept is recorded, so the whole's is ``norm**2 / energy_kept``.
+    """
+    records = [record for record in tensors.values() if record.energy_kept]
+    if not records:
+        return None
+    whole = math.fsum(r.norm**2 / r.energy_kept for r in records if r.energy_kept)
+    return math.fsum(record.norm**2 for record in records) / whole if whole else None
+
+
 def card(manifest: SkillManifest) -> str:
     """Render the folder's README."""
     rows = {
@@ -286,6 +302,8 @@ def card(manifest: SkillManifest) -> str:
         "seed": manifest.seed,
         "made": f"{manifest.created} with past_ray {manifest.past_ray_version}",
     }
+    if (energy := energy_kept(manifest.tensors)) is not None:
+        rows["energy kept by the rank"] = f"{energy:.1%} of the matrices in layers"
     rows |= {f"ingredient {i.task}": f"{i.vector_hash} * {i.weight}" for i in manifest.ingredients}
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items() if value is not None)
     return f"""# Skill vector: {manifest.task}, refinement round {manifest.refinement_round}

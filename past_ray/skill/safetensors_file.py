@@ -84,7 +84,14 @@ def read_header(file: RandomAccessFile, label: str) -> dict[str, StoredTensor]:
             for name, entry in header.items()
             if name != "__metadata__"
         }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        OverflowError,
+        RecursionError,
+    ) as error:
         raise _damaged(label, f"its header is no tensor table ({error})") from error
     _check_layout(tensors, label=label, data_start=8 + length, size=file.size)
     return tensors

@@ -15,9 +15,10 @@ from past_ray.skill.artefact import (
     write_adapter_skill,
     write_dense_skill,
 )
-from past_ray.skill.blocks import Chunk, Measures, Workspace, block_digests
+from past_ray.skill.blocks import Chunk, Measures, Workspace, block_digests, digests_of
 from past_ray.skill.manifest import MANIFEST_FILE, Ingredient, SkillManifest
 from past_ray.skill.parameter_names import select_names
+from past_ray.skill.places import check_places
 from past_ray.skill.stream import StreamSettings, write_weights
 
 
@@ -61,6 +62,7 @@ def select(
         SkillVectorError: Nothing is selected, or a range or a module is unknown.
         StorageError: A folder is unreadable, or the disk is full.
     """
+    check_places([out], [skill])
     vector = SkillVector(skill)
     manifest = vector.manifest
     names = select_names(manifest.tensors, layers=layers, modules=modules)
@@ -78,7 +80,12 @@ def select(
     with write_folder(out, commit=MANIFEST_FILE) as writer:
         if vector.adapter is not None:
             chosen = {name: vector.adapter.modules[name] for name in names}
-            return write_adapter_skill(writer, Adapter(modules=chosen, config={}), facts)
+            return write_adapter_skill(
+                writer,
+                Adapter(modules=chosen, config={}),
+                facts,
+                energy_kept={name: manifest.tensors[name].energy_kept for name in names},
+            )
         shapes = {name: manifest.shapes[name] for name in names}
         totals = write_weights(
             [writer],
@@ -87,8 +94,9 @@ def select(
             dtypes=dict.fromkeys(shapes, torch.float32),
             settings=settings or StreamSettings(),
         )
-        vector.check_digests({name: total.digests["vector"] for name, total in totals.items()})
-        return write_dense_skill(writer, shapes, totals, facts)
+        vector.check_digests(digests_of(totals, "vector"))
+        records = {name: manifest.tensors[name] for name in names}
+        return write_dense_skill(writer, shapes, totals, facts, records=records)
 
 
 _KEPT_FACTS = (

@@ -11,12 +11,19 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from past_ray.errors import SkillVectorError, StorageError
+from past_ray.skill import StreamSettings, blocks
 from past_ray.skill.checkpoint import (
+    COMPANION_FILES,
+    hash_stored,
     hash_tensors,
     hash_weights,
     load_weights,
+    main_dtype,
     save_checkpoint,
+    write_companions,
 )
+from past_ray.skill.weights import open_weights
+from tests.skill_folders import make_checkpoint, names, random_tensors
 from tests.tiny_model import make_tiny_model
 
 HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
@@ -92,6 +99,24 @@ def test_value_name_shape_dtype_and_number_of_tensors_change_the_hash(change):
     assert hash_tensors(change(weights)) != hash_tensors(weights)
 
 
+@pytest.mark.parametrize(("workers", "chunk_blocks"), [(1, 1), (1, 100), (4, 1), (3, 2)])
+def test_hash_does_not_depend_on_how_the_weights_are_read(
+    tmp_path, monkeypatch, workers, chunk_blocks
+):
+    monkeypatch.setattr(blocks, "BLOCK", 8)
+    tensors = random_tensors(0) | {"scalar": torch.ones(()), "empty": torch.ones(3, 0)}
+    weights = open_weights(make_checkpoint(tmp_path / "model", tensors, shard_bytes=200))
+    settings = StreamSettings(workers=workers, chunk_blocks=chunk_blocks)
+    assert hash_stored(weights, settings=settings) == hash_tensors(tensors)
+
+
+def test_the_last_entry_of_a_large_tensor_counts():
+    tensor = torch.zeros(2, blocks.BLOCK + 1)
+    before = hash_tensors({"w": tensor})
+    tensor[-1, -1] = -0.0
+    assert hash_tensors({"w": tensor}) != before
+
+
 def test_hash_depends_on_values_not_on_memory_layout():
     matrix = torch.arange(6.0).reshape(2, 3)
     transposed = matrix.T.contiguous().T
@@ -108,6 +133,13 @@ def test_a_saved_checkpoint_loads_in_transformers_with_its_dtype(model, tmp_path
     assert_same(dict(loaded.state_dict()), weights)
     with safe_open(tmp_path / "copy" / "model.safetensors", framework="pt") as file:
         assert file.metadata() == {"format": "pt"}
+
+
+def test_the_dtype_of_a_model_is_that_of_most_entries():
+    few_large = {"a": torch.ones(100), "b": torch.ones(2).half(), "c": torch.ones(3).half()}
+    assert main_dtype(few_large) == "float32"
+    assert main_dtype({**few_large, "d": torch.ones(100).bfloat16()}) in ("float32", "bfloat16")
+    assert main_dtype({**few_large, "d": torch.ones(101).bfloat16()}) == "bfloat16"
 
 
 def test_an_older_spelling_of_dtype_does_not_survive_beside_the_new_one(model, tmp_path):
@@ -129,6 +161,28 @@ def test_tokenizer_and_chat_template_come_along(model, tmp_path):
     assert after(text).input_ids == before(text).input_ids
     assert after.chat_template == before.chat_template
     assert (tmp_path / "copy" / "generation_config.json").exists()
+
+
+def test_every_companion_file_comes_along_and_nothing_else(tmp_path):
+    model = make_checkpoint(tmp_path / "model", random_tensors(0))
+    for name in COMPANION_FILES:
+        (model / name).write_text(f"content of {name}")
+    (model / "optimizer.pt").write_text("large")
+    (tmp_path / "copy").mkdir()
+    write_companions(tmp_path / "copy", like=model, dtype="float32")
+    assert set(names(tmp_path / "copy")) == {"config.json", *COMPANION_FILES}
+    for name in COMPANION_FILES:
+        assert (tmp_path / "copy" / name).read_text() == f"content of {name}"
+
+
+def test_the_lineage_has_the_hash_of_the_weights(tied_model, tmp_path):
+    weights = load_weights(tied_model)
+    weights[HEAD] = weights[EMBEDDINGS].clone()
+    save_checkpoint(tmp_path / "copy", weights, like=tied_model, lineage={"base_hash": "b"})
+    lineage = json.loads((tmp_path / "copy" / "past_ray.json").read_text())
+    assert lineage == {"base_hash": "b", "weights_hash": hash_weights(tmp_path / "copy")}
+    save_checkpoint(tmp_path / "copy", weights, like=tied_model)
+    assert not (tmp_path / "copy" / "past_ray.json").exists()
 
 
 def test_a_folder_can_be_its_own_model_to_copy_from(model):
@@ -196,7 +250,7 @@ def test_a_missing_shard_is_named(model):
 
 def test_a_config_that_is_no_json_is_refused(model):
     (model / "config.json").write_text("{")
-    with pytest.raises(StorageError, match="must hold JSON"):
+    with pytest.raises(StorageError, match=r"config\.json must hold a JSON object, got"):
         save_checkpoint(model, {"w": torch.zeros(1)}, like=model)
 
 
@@ -214,4 +268,4 @@ def test_kills_while_saving_always_leave_one_complete_version(model, tmp_path):
         assert (folder / "tokenizer.json").exists()
     save_checkpoint(folder, load_weights(model), like=model)
     assert_same(load_weights(folder), load_weights(model))
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["checkpoint", "model"]
+    assert names(tmp_path) == ["checkpoint", "model"]

@@ -20,6 +20,12 @@ def test_update_is_after_minus_before():
     assert update({"a": torch.tensor([3.0])}, {"a": torch.tensor([1.0])})["a"].tolist() == [2.0]
 
 
+def test_update_of_bfloat16_weights_is_float32():
+    after, before = torch.tensor([1.0]).bfloat16(), torch.tensor([2.0**-9]).bfloat16()
+    changed = update({"a": after}, {"a": before})["a"]
+    assert (changed.dtype, changed.item()) == (torch.float32, 1 - 2.0**-9)
+
+
 def test_cosine_uses_the_inner_product_of_matrices():
     # <A, B> = 1*3 + 2*0 + 0*1 + 2*3 = 9, |A| = 3, |B| = sqrt(19)
     [row] = cosine_table(
@@ -88,3 +94,9 @@ def test_a_table_without_the_modules_asked_for_is_refused():
 def test_updates_of_different_models_are_refused():
     with pytest.raises(SkillVectorError, match="1 only in update_a"):
         cosine_table({Q0: torch.eye(2)}, {K0: torch.eye(2)})
+
+
+def test_weights_that_float32_does_not_hold_are_refused():
+    wide = {Q0: torch.eye(2, dtype=torch.float64)}
+    with pytest.raises(SkillVectorError, match="before must hold floating point numbers in F32"):
+        update({Q0: torch.eye(2)}, wide)
