@@ -13,10 +13,10 @@ local one is written by ``past_ray.storage``, one in a bucket by ``past_ray.obje
 
 import json
 import os
+import stat
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
-from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import unquote
@@ -122,7 +122,7 @@ class Folder:
         if not self.is_local:
             return RandomAccessFile(uri, object_store.open_file(uri))
         with object_store.explained(uri):
-            return RandomAccessFile(uri, FileIO(uri))
+            return RandomAccessFile(uri, _open_descriptor(uri))
 
     def _uri_of(self, name: str) -> str:
         """Return the address of ``name``."""
@@ -171,10 +171,10 @@ class RandomAccessFile:
     size: int
     """Bytes in the file when it was opened."""
 
-    def __init__(self, uri: str, file: "FileIO | NativeFile") -> None:
+    def __init__(self, uri: str, file: "int | NativeFile") -> None:
         self._uri = uri
-        self._file = file
-        self.size = os.fstat(file.fileno()).st_size if isinstance(file, FileIO) else file.size()
+        self._file: int | NativeFile | None = file
+        self.size = os.fstat(file).st_size if isinstance(file, int) else file.size()
 
     def __enter__(self) -> "RandomAccessFile":
         return self
@@ -184,12 +184,15 @@ class RandomAccessFile:
 
     def __del__(self) -> None:
         """Let the file go with the last reader; several threads and closures may share one."""
-        if hasattr(self, "_file"):
-            self.close()
+        self.close()
 
     def close(self) -> None:
         """Close the file; closing twice is harmless."""
-        self._file.close()
+        file, self._file = self._file, None
+        if isinstance(file, int):
+            os.close(file)
+        elif file is not None:
+            file.close()
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill ``buffer`` with the bytes from ``offset`` on.
@@ -212,8 +215,10 @@ class RandomAccessFile:
 
     def _read_some(self, buffer: memoryview, offset: int) -> int:
         """Fill the beginning of ``buffer``; return how many bytes of it."""
-        if isinstance(self._file, FileIO):
-            return os.preadv(self._file.fileno(), [buffer], offset)
+        if self._file is None:
+            raise ValueError("read of closed file")
+        if isinstance(self._file, int):
+            return os.preadv(self._file, [buffer], offset)
         content: bytes = self._file.read_at(min(len(buffer), object_store.PIECE_BYTES), offset)
         buffer[: len(content)] = content
         return len(content)
@@ -223,6 +228,15 @@ class RandomAccessFile:
             f"{self._uri} must have at least {needed} bytes, found {found}. It is truncated: write "
             f"or copy it again."
         )
+
+
+def _open_descriptor(path: str) -> int:
+    """Open a file as a number: a file object would complain of garbage that holds it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise FileNotFoundError(path)
+    return descriptor
 
 
 class FolderWriter:

@@ -3,15 +3,13 @@
 import logging
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from past_ray.errors import SkillVectorError
-from past_ray.locations import FolderWriter, Place, open_folder, write_folder
+from past_ray.locations import FolderWriter, Place, write_folder
 from past_ray.skill.adapter import Adapter, LoraModule, truncated_svd, vllm_rank
-from past_ray.skill.adapter_folder import is_adapter, read_adapter
 from past_ray.skill.arithmetic import difference, find_corrections
 from past_ray.skill.artefact import (
     adapter_hash,
@@ -26,24 +24,17 @@ from past_ray.skill.blocks import (
     Workspace,
     block_digests,
     blocks,
+    digests_of,
     inner_product,
     weights_hash,
 )
-from past_ray.skill.checkpoint import hash_stored, main_dtype
-from past_ray.skill.compatibility import (
-    check_compatible_checkpoints,
-    check_float_tensors,
-    check_has_parameters,
-    check_same_fingerprint,
-    check_same_parameters,
-    fingerprint,
-)
-from past_ray.skill.lineage import sketch
-from past_ray.skill.manifest import MANIFEST_FILE, Provenance, SkillManifest, load_manifest
+from past_ray.skill.checkpoint import hash_stored
+from past_ray.skill.manifest import MANIFEST_FILE, Provenance, SkillManifest
 from past_ray.skill.parameter_names import parse
+from past_ray.skill.parents import Parents, open_parents
 from past_ray.skill.places import check_places
 from past_ray.skill.stream import StreamSettings, in_threads, write_weights
-from past_ray.skill.weights import StoredWeights, open_weights
+from past_ray.skill.weights import StoredWeights
 
 logger = logging.getLogger(__name__)
 
@@ -149,95 +140,32 @@ def extract(
         if rank < 1:
             raise SkillVectorError(f"rank must be at least 1, got {rank}.")
         vllm_rank(rank)
-    source = _Source.open(rl, sft, provenance or Provenance(), base=base, parent=parent)
-    if source.adapter is not None and rank is not None:
+    parents = open_parents(rl, sft, provenance or Provenance(), base=base, parent=parent)
+    if parents.adapter is not None and rank is not None:
         raise SkillVectorError(
             f"rank is for dense vectors, but {rl} is an adapter already. Leave the rank out."
         )
     with write_folder(out, commit=MANIFEST_FILE) as writer:
-        if source.adapter is not None:
-            return _write_adapter(writer, source, source.adapter, settings)
+        if parents.adapter is not None:
+            return _write_adapter(writer, parents, parents.adapter, settings)
         if rank is not None:
-            return _write_truncated(writer, source, rank, settings)
-        return _write_dense(writer, source, settings)
+            return _write_truncated(writer, parents, rank, settings)
+        return _write_dense(writer, parents, settings)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Source:
-    """Checked parents, and what the manifest says regardless of the vector's form."""
-
-    rl: StoredWeights | None
-    sft: StoredWeights
-    adapter: Adapter | None
-    facts: dict[str, Any]
-
-    @classmethod
-    def open(
-        cls,
-        rl: Place,
-        sft: Place,
-        provenance: Provenance,
-        *,
-        base: Place | None,
-        parent: Place | None,
-    ) -> "_Source":
-        rl_folder, sft_folder = open_folder(rl), open_folder(sft)
-        adapter = read_adapter(rl_folder) if is_adapter(rl_folder) else None
-        if adapter is None:
-            check_compatible_checkpoints(rl_folder, sft_folder)
-        if base is not None:
-            check_compatible_checkpoints(base, sft_folder)
-        prints = fingerprint(sft_folder)
-        parent_hash = None
-        if parent is not None:
-            earlier = load_manifest(parent)
-            check_same_fingerprint("this round", prints, f"parent {parent}", earlier.fingerprint)
-            _check_earlier(earlier, provenance.refinement_round, parent)
-            parent_hash = earlier.vector_hash
-        sft_weights = open_weights(sft_folder)
-        if not sft_weights:
-            raise SkillVectorError(f"sft {sft_folder} must hold at least one tensor, found none.")
-        check_float_tensors(f"sft {sft_folder}", sft_weights)
-        _warn_if_rounded(sft_folder, main_dtype(sft_weights))
-        rl_weights = None
-        if adapter is not None:
-            shapes = {name: module.shape for name, module in adapter.modules.items()}
-            check_has_parameters("sft", sft_weights.shapes(), f"adapter {rl_folder}", shapes)
-        else:
-            rl_weights = open_weights(rl_folder)
-            check_same_parameters("rl", rl_weights.shapes(), "sft", sft_weights.shapes())
-            check_float_tensors(f"rl {rl_folder}", rl_weights)
-            _warn_if_rounded(rl_folder, main_dtype(rl_weights))
-        base_hash = None
-        if base is not None:
-            base_hash = hash_stored(open_weights(base), settings=StreamSettings())
-        facts = provenance.model_dump() | {
-            "base_hash": base_hash,
-            "parent_hash": parent_hash,
-            "fingerprint": prints,
-            "rl_dtype": "float32" if rl_weights is None else main_dtype(rl_weights),
-            "sft_dtype": main_dtype(sft_weights),
-            "rl_path": str(rl_folder),
-            "sft_path": str(sft_folder),
-            "base_sketch": sketch(sft_weights),
-            "operation": "extract",
-        }
-        return cls(rl=rl_weights, sft=sft_weights, adapter=adapter, facts=facts)
-
-
-def _write_dense(writer: FolderWriter, source: _Source, settings: StreamSettings) -> SkillManifest:
-    assert source.rl is not None
-    shapes = source.sft.shapes()
+def _write_dense(writer: FolderWriter, parents: Parents, settings: StreamSettings) -> SkillManifest:
+    assert parents.rl is not None
+    shapes = parents.sft.shapes()
     totals = write_weights(
         [writer],
-        Extraction(rl=source.rl, sft=source.sft),
+        Extraction(rl=parents.rl, sft=parents.sft),
         shapes=shapes,
         dtypes=dict.fromkeys(shapes, torch.float32),
         settings=settings,
     )
-    facts = source.facts | {
-        "rl_hash": weights_hash({name: t.digests["rl"] for name, t in totals.items()}),
-        "sft_hash": weights_hash({name: t.digests["sft"] for name, t in totals.items()}),
+    facts = parents.facts | {
+        "rl_hash": weights_hash(digests_of(totals, "rl")),
+        "sft_hash": weights_hash(digests_of(totals, "sft")),
     }
     if facts["rl_hash"] == facts["sft_hash"]:
         logger.warning("RL and SFT hold the same weights: the vector is zero")
@@ -245,21 +173,21 @@ def _write_dense(writer: FolderWriter, source: _Source, settings: StreamSettings
 
 
 def _write_adapter(
-    writer: FolderWriter, source: _Source, adapter: Adapter, settings: StreamSettings
+    writer: FolderWriter, parents: Parents, adapter: Adapter, settings: StreamSettings
 ) -> SkillManifest:
-    facts = source.facts | {
+    facts = parents.facts | {
         "rl_hash": adapter_hash(adapter),
-        "sft_hash": hash_stored(source.sft, settings=settings),
+        "sft_hash": hash_stored(parents.sft, settings=settings),
     }
     return write_adapter_skill(writer, adapter, facts)
 
 
 def _write_truncated(
-    writer: FolderWriter, source: _Source, rank: int, settings: StreamSettings
+    writer: FolderWriter, parents: Parents, rank: int, settings: StreamSettings
 ) -> SkillManifest:
     """Write the best adapter of ``rank``: one matrix in memory at a time."""
-    assert source.rl is not None
-    rl, sft = source.rl, source.sft
+    assert parents.rl is not None
+    rl, sft = parents.rl, parents.sft
     modules: dict[str, LoraModule] = {}
     kept: dict[str, float] = {}
     lost: list[str] = []
@@ -282,29 +210,10 @@ def _write_truncated(
             len(lost),
             ", ".join(sorted(lost)[:5]),
         )
-    facts = source.facts | {
+    facts = parents.facts | {
         "operation": f"truncated_svd rank {rank}",
-        "rl_hash": hash_stored(source.rl, settings=StreamSettings(workers=settings.workers)),
-        "sft_hash": hash_stored(source.sft, settings=StreamSettings(workers=settings.workers)),
+        "rl_hash": hash_stored(parents.rl, settings=StreamSettings(workers=settings.workers)),
+        "sft_hash": hash_stored(parents.sft, settings=StreamSettings(workers=settings.workers)),
     }
     adapter = Adapter(modules={name: modules[name] for name in sorted(modules)}, config={})
     return write_adapter_skill(writer, adapter, facts, energy_kept=kept)
-
-
-def _check_earlier(parent: SkillManifest, refinement_round: int, place: Place) -> None:
-    if parent.refinement_round >= refinement_round:
-        raise SkillVectorError(
-            f"the parent must be of an earlier refinement round, got round"
-            f" {parent.refinement_round} in {place} for round {refinement_round}."
-            " Give the skill folder of the round before."
-        )
-
-
-def _warn_if_rounded(folder: object, dtype: str) -> None:
-    if dtype != "float32":
-        logger.warning(
-            "%s is stored in %s: RL updates smaller than its rounding are lost to the skill vector."
-            " Save parents in float32.",
-            folder,
-            dtype,
-        )

@@ -524,6 +524,8 @@ def test_a_model_is_never_written_over_what_it_is_made_from(folder, role, spelli
 
 @pytest.mark.parametrize("operation", ["extract", "inject"])
 def test_a_result_is_never_written_over_a_folder_that_holds_its_inputs(folder, operation):
+    # A model itself, as a training run with its checkpoints is.
+    write_json(folder / "config.json", {})
     before = names(folder)
     if operation == "extract":
         refusal(extract, folder / "rl", folder / "sft", folder)

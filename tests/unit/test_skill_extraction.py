@@ -171,6 +171,15 @@ def test_a_parent_that_is_not_earlier_is_refused(rl, sft, tmp_path):
     assert not (tmp_path / "second").exists()
 
 
+def test_a_parent_of_another_model_is_refused(rl, sft, tmp_path):
+    extract(rl, sft, tmp_path / "first")
+    for folder in (rl, sft):
+        (folder / "chat_template.jinja").write_text("{{ other }}")
+    provenance = Provenance(refinement_round=2)
+    with pytest.raises(SkillVectorError, match=r"this round and parent .* chat_template is"):
+        extract(rl, sft, tmp_path / "out", provenance=provenance, parent=tmp_path / "first")
+
+
 def test_equal_parents_and_rounded_parents_are_warned_about(sft, tmp_path, caplog):
     half = {name: weight.bfloat16() for name, weight in load_weights(sft).items()}
     make_checkpoint(tmp_path / "half", half)

@@ -115,18 +115,19 @@ def long_parents(tmp_path, small_blocks):
 
 
 @pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 1 MiB."""
+def small_disk():
+    """A file system of 1 MiB; not under tmp_path, which another pytest may move while mounted."""
     if sys.platform != "linux" or os.geteuid() != 0:
         pytest.skip("mounting a small file system needs root on Linux")
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
-    mounted = subprocess.run(mount, capture_output=True, text=True, check=False)
-    if mounted.returncode != 0:
-        pytest.skip(f"mounting a small file system is not permitted: {mounted.stderr.strip()}")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
+    with tempfile.TemporaryDirectory() as disk:
+        mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk]
+        mounted = subprocess.run(mount, capture_output=True, text=True, check=False)
+        if mounted.returncode != 0:
+            pytest.skip(f"mounting a small file system is not permitted: {mounted.stderr.strip()}")
+        try:
+            yield Path(disk)
+        finally:
+            subprocess.run(["umount", disk], check=True)
 
 
 def python(script, *arguments, **options):
