@@ -159,7 +159,7 @@ def correct(
     """Recompute corrected entries of ``total`` in place: ``target + scale * (vector + error)``.
 
     In float64, in which the vector's leading part cancels without loss. Into its own SFT parent at
-    scale 1 this is the RL weight bit for bit; into other targets it moves the last bit at most.
+    scale 1 this is the RL weight bit for bit. Into other targets it makes the sum more exact.
 
     Args:
         total: ``[n]`` float32, changed in place.

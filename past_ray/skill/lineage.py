@@ -121,6 +121,12 @@ def check_relatives(first: SkillVector, second: SkillVector) -> None:
         )
 
 
+def cosine_to_base(base: StoredWeights, sft: StoredWeights) -> float:
+    """Return how alike a base and what is said to be fine-tuned from it are, 1 at most."""
+    theirs = {name: values for name, values in sketch(sft).items() if name in base}
+    return _mean_cosine({name: _few(base, name) for name in theirs}, theirs)
+
+
 def _reason_against(
     lineage: Mapping[str, Any], weights: StoredWeights, manifest: SkillManifest
 ) -> str | None:

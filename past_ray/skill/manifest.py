@@ -304,7 +304,10 @@ def card(manifest: SkillManifest) -> str:
     }
     if (energy := energy_kept(manifest.tensors)) is not None:
         rows["energy kept by the rank"] = f"{energy:.1%} of the matrices in layers"
-    rows |= {f"ingredient {i.task}": f"{i.vector_hash} * {i.weight}" for i in manifest.ingredients}
+    rows |= {
+        f"ingredient {number}, {part.task}": f"{part.vector_hash} * {part.weight}"
+        for number, part in enumerate(manifest.ingredients, start=1)
+    }
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items() if value is not None)
     return f"""# Skill vector: {manifest.task}, refinement round {manifest.refinement_round}
 

@@ -18,7 +18,7 @@ from past_ray.skill.compatibility import (
     check_same_parameters,
     fingerprint,
 )
-from past_ray.skill.lineage import read_lineage, sketch
+from past_ray.skill.lineage import LEAST_BASE_COSINE, cosine_to_base, read_lineage, sketch
 from past_ray.skill.manifest import Provenance, load_manifest
 from past_ray.skill.weights import StoredWeights, open_weights
 
@@ -69,7 +69,7 @@ def open_parents(
         check_has_parameters("sft", sft_weights.shapes(), f"adapter {rl_folder}", shapes)
     facts = provenance.model_dump() | {
         "operation": "extract",
-        "base_hash": _base_hash(sft_folder, base),
+        "base_hash": _base_hash(sft_folder, sft_weights, base),
         "parent_hash": parent_hash,
         "fingerprint": prints,
         "rl_dtype": "float32" if rl_weights is None else main_dtype(rl_weights),
@@ -97,12 +97,20 @@ def _open(role: str, folder: Folder) -> StoredWeights:
     return weights
 
 
-def _base_hash(sft: Folder, base: Place | None) -> str | None:
+def _base_hash(sft: Folder, weights: StoredWeights, base: Place | None) -> str | None:
     """Hash the base that was given, or take what the SFT model records of it."""
     recorded = read_lineage(sft).get("base_hash")
     if base is None:
         return recorded
     check_compatible_checkpoints(base, sft)
+    base_weights = open_weights(base)
+    check_has_parameters(f"base {base}", base_weights.shapes(), f"sft {sft}", weights.shapes())
+    if (cosine := cosine_to_base(base_weights, weights)) < LEAST_BASE_COSINE:
+        raise SkillVectorError(
+            f"{sft} must have been fine-tuned from {base}, but their weights have a cosine of"
+            f" {cosine:.2f} (at least {LEAST_BASE_COSINE} expected). Give the base that SFT started"
+            " from."
+        )
     found = hash_weights(base)
     if recorded not in (None, found):
         raise SkillVectorError(

@@ -50,12 +50,15 @@ def _check_replaceable(folder: Folder) -> None:
         if not path.is_dir():
             return
         found = sorted(entry.name for entry in path.iterdir())
+        # A trainer keeps its checkpoints in folders beside the model; no result of ours has any.
         others = found
+        if any(name in MARKERS for name in found):
+            others = [name for name in found if (path / name).is_dir()]
     else:
         found = folder.names()
         others = [name for name in found if PurePosixPath(name).suffix not in LEFTOVERS]
-    if others and not any(name in MARKERS for name in found):
+    if others:
         raise SkillVectorError(
-            f"{folder} must be absent, empty, a model or a skill vector to be replaced, found"
+            f"{folder} must be absent, empty, or nothing but a model or a vector, found"
             f" {', '.join(others[:5])} in it. Give a new folder, such as {folder}/result."
         )
