@@ -550,7 +550,9 @@ def test_a_folder_of_other_things_is_not_replaced(folder, operation):
     run, role = {"extract": (extract, "rl"), "inject": (inject, "target")}[operation]
     second = {"rl": "sft", "target": "skill"}[role]
     message = refusal(run, folder / role, folder / second, folder / "other")
-    assert f"{folder / 'other'} must be absent, empty, a model or a skill vector" in message
+    assert (
+        f"{folder / 'other'} must be absent, empty, or nothing but a model or a vector" in message
+    )
     assert "found 0.txt, 1.txt, 2.txt, 3.txt, 4.txt in it" in message
     assert contents(folder / "other") == before
 
