@@ -60,6 +60,7 @@ def measure(work: Path, layers: int, layers_of_large: int) -> dict[str, Any]:
     with Mergekit() as peer:
         facts["mergekit"] = {k: v for k, v in peer.about.items() if k != "recipes"}
         regimes = {"durable": measure_regime(disk, peer), "memory": measure_in_memory(disk, peer)}
+    headline = "durable" if "skipped" in regimes["memory"] else "memory"
     peaks = measure_peaks(disk, Shape(layers=layers_of_large))
     sizes = [peak["peak"] for peak in peaks.values() if "peak" in peak]
     memory = {
@@ -67,7 +68,8 @@ def measure(work: Path, layers: int, layers_of_large: int) -> dict[str, Any]:
         "peak_rss_ratio": sizes[1] / sizes[0] if len(sizes) == 2 else None,
     }
     return {
-        **{key: value for key, value in regimes["durable"].items() if not key.startswith("raw")},
+        "headline_regime": headline,
+        **{key: value for key, value in regimes[headline].items() if not key.startswith("raw")},
         **memory,
         "max_error_vs_fp64": {
             "bfloat16": asdict(bfloat16_deviation(disk)),

@@ -97,6 +97,15 @@ class SkillVector:
         self.check_digests(digests)
         self._check_own_hash()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_adapter": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Come back in another process, where factors are read again instead of sent."""
+        self.__dict__.update(state)
+        if self.manifest.form == "lora":
+            self._adapter = read_adapter(self.folder)
+
     @property
     def adapter(self) -> Adapter | None:
         """The factors, in the LoRA form."""

@@ -1,6 +1,5 @@
 """``theta_final = theta_target + scale * v`` for targets of any size and form."""
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -44,6 +43,9 @@ from past_ray.skill.weights import CONFIG_FILE, StoredWeights, open_weights
 from past_ray.storage import write_json
 
 Scale = float | ScaleConfig
+
+SUSPICIOUS_SUM = 1e38
+"""Of one chunk; weights are at most a few thousand, and float32 ends at 3.4e38."""
 DtypeName = Literal["float32", "bfloat16", "float16"]
 
 _DTYPES: dict[DtypeName, torch.dtype] = {
@@ -102,7 +104,7 @@ class Injection:
         if chunk.name not in self.vector.manifest.tensors:
             return [self._converted(chunk, stored, workspace) for _ in scales], measures
         vector = self.vector.read(chunk, workspace)
-        is_small = math.prod(self.vector.manifest.shapes[chunk.name]) <= BLOCK
+        is_small = self.target[chunk.name].numel <= BLOCK
         if self.vector.needs_check and (self.verify or is_small):
             measures.digests["vector"] = block_digests(vector)
         wide = stored
@@ -114,12 +116,15 @@ class Injection:
             if scale == 0:
                 outputs.append(self._converted(chunk, stored, workspace))
                 continue
-            room = workspace.take(f"sum {number}", chunk.numel, torch.float32)
+            # A sum that is rounded is copied at once; one in float32 is the output itself.
+            is_output = self.dtypes[chunk.name] == torch.float32
+            role = f"sum {number}" if is_output else "sum"
+            room = workspace.take(role, chunk.numel, torch.float32)
             total = scaled_sum(wide, vector, scale, out=room)
             if corrections is not None:
                 correct(total, wide, vector, scale, corrections)
             output = self._rounded(chunk, total, workspace, role=f"output {number}")
-            _check_output(chunk.name, output, target=stored, vector=vector)
+            _check_output(chunk.name, total, output, target=stored, vector=vector)
             outputs.append(output)
         return outputs, measures
 
@@ -128,7 +133,7 @@ class Injection:
         output = stored
         if stored.dtype != self.dtypes[chunk.name]:
             output = self._rounded(chunk, stored.float(), workspace, role="converted")
-        _check_output(chunk.name, output, target=stored)
+        _check_output(chunk.name, stored, output, target=stored)
         return output
 
     def _rounded(self, chunk: Chunk, total: Tensor, workspace: Workspace, *, role: str) -> Tensor:
@@ -143,9 +148,14 @@ class Injection:
         return round_stochastic(total, dtype, bits=bits)
 
 
-def _check_output(name: str, output: Tensor, **inputs: Tensor) -> None:
-    """A sum is a cheap test that every entry is finite; only a failure looks closer."""
-    if not math.isfinite(float(output.sum(dtype=torch.float32))):
+def _check_output(name: str, exact: Tensor, output: Tensor, **inputs: Tensor) -> None:
+    """A sum is a cheap test that every entry is finite; only a suspicious one looks closer.
+
+    Before rounding, which is faster to add up, except for float16: there rounding itself makes
+    infinities. Those of bfloat16 come from numbers that alone make the sum suspicious.
+    """
+    probe = output if output.dtype == torch.float16 else exact
+    if not abs(float(probe.sum(dtype=torch.float32))) < SUSPICIOUS_SUM:
         check_finite(name, **inputs, **{"adapted model": output})
 
 

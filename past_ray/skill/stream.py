@@ -147,8 +147,11 @@ class ShardTask:
 
             def handle(chunk: Chunk, workspace: Workspace) -> Measures:
                 tensors, measures = self.compute(chunk, workspace)
-                for file, tensor in zip(files, tensors, strict=True):
-                    _write(file, stored[chunk.name], chunk.start, tensor)
+                # A file takes one writer at a time: threads at neighbouring chunks start at
+                # different files.
+                for turn in range(len(files)):
+                    number = (turn + chunk.start // max(chunk.numel, 1)) % len(files)
+                    _write(files[number], stored[chunk.name], chunk.start, tensors[number])
                 return measures
 
             settings = StreamSettings(workers=self.workers, chunk_blocks=self.chunk_blocks)
