@@ -180,9 +180,13 @@ def combine(
     out: Out,
     weights: Annotated[str | None, typer.Option(help="Such as 1,0.5; 1 each if left out.")] = None,
     method: Annotated[str, typer.Option(help="linear, ties or dare.")] = "linear",
-    density: Annotated[float, typer.Option(help="TIES: share of entries kept.")] = 0.2,
-    drop_rate: Annotated[float, typer.Option(help="DARE: share of entries dropped.")] = 0.9,
-    seed: Annotated[int, typer.Option(help="DARE: decides which.")] = 0,
+    density: Annotated[
+        float | None, typer.Option(help="TIES: share of entries kept, 0.2 if left out.")
+    ] = None,
+    drop_rate: Annotated[
+        float | None, typer.Option(help="DARE: share of entries dropped, 0.9 if left out.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="DARE: decides which.")] = None,
     workers: Workers = None,
     chunk_mib: ChunkMib = 2,
     shard_gb: ShardGb = 5.0,
@@ -190,18 +194,13 @@ def combine(
 ) -> None:
     """Write one skill vector made of several."""
     with _session(workers, chunk_mib, shard_gb, address) as settings:
-        from past_ray.skill import MergeRule, combine
+        from past_ray.skill import combine
 
         manifest = combine(
             skills,
             out,
             weights=None if weights is None else _numbers("--weights", weights),
-            rule=MergeRule(
-                method=_one_of("--method", method, ("linear", "ties", "dare")),
-                density=density,
-                drop_rate=drop_rate,
-                seed=seed,
-            ),
+            rule=_merge_rule(method, density=density, drop_rate=drop_rate, seed=seed),
             settings=settings,
         )
         typer.echo(f"wrote {out}: {manifest.operation}, norm {manifest.norm:.6g}")
@@ -300,7 +299,7 @@ def _session(
     workers: int | None, chunk_mib: int = 2, shard_gb: float = 5.0, address: str | None = None
 ) -> Generator["StreamSettings"]:
     """Give the settings of a run, with a progress bar on a terminal and user errors."""
-    with user_errors("interrupted; nothing was written"):
+    with user_errors("interrupted; what was not finished is not there"):
         from past_ray.cli.skill_tables import progress_bar
         from past_ray.skill.stream import StreamSettings
 
@@ -335,6 +334,21 @@ def _rounding(dtype: str | None, seed: int | None) -> Any:  # noqa: ANN401 - imp
     if dtype is not None:
         _one_of("--dtype", dtype, ("float32", "bfloat16", "float16"))
     return Rounding(dtype=dtype, seed=seed)  # type: ignore[arg-type]
+
+
+def _merge_rule(method: str, **options: float | None) -> Any:  # noqa: ANN401 - imported late
+    """Refuse an option that the method would ignore."""
+    from past_ray.skill import MergeRule
+
+    _one_of("--method", method, ("linear", "ties", "dare"))
+    given = {name: value for name, value in options.items() if value is not None}
+    used = {"linear": set[str](), "ties": {"density"}, "dare": {"drop_rate", "seed"}}[method]
+    if unused := sorted(given.keys() - used):
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in unused)
+        raise ConfigError(
+            f"--method {method} does not use {names}. Leave it out, or choose the method that does."
+        )
+    return MergeRule(method=method, **given)  # type: ignore[arg-type]
 
 
 def _places(targets: list[str], out: str) -> dict[str, str]:

@@ -102,7 +102,10 @@ def _result(reference: "ray.ObjectRef[dict[str, TensorTotals]]") -> dict[str, Te
     except RayTaskError as error:
         if isinstance(error.cause, PastRayError):
             raise error.cause from None
-        raise
+        raise ClusterError(
+            f"a task of a skill operation must not fail, but it raised {error.cause!r}. Nothing was"
+            " published; please report it with this message."
+        ) from error
     except RayError as error:
         raise ClusterError(
             f"a task of a skill operation must finish, but its node or worker was lost: {error}."

@@ -12,7 +12,7 @@ from past_ray.skill.artefact import SkillVector, adapter_hash
 from past_ray.skill.checkpoint import LINEAGE_FILE
 from past_ray.skill.compatibility import check_has_parameters, check_same_fingerprint, fingerprint
 from past_ray.skill.lineage import check_base, injection_lineage
-from past_ray.skill.parameter_names import scale_of
+from past_ray.skill.parameter_names import check_scales_match, scale_of
 from past_ray.skill.weights import CONFIG_FILE as MODEL_CONFIG_FILE
 from past_ray.skill.weights import open_weights
 from past_ray.storage import write_json
@@ -42,6 +42,7 @@ def inject_into_adapter(
     target, skill, is_relative = open_target_adapter(
         folder, vector, allow_other_base=allow_other_base
     )
+    check_scales_match({**target.modules, **skill.modules}, config)
     scaled = {
         name: replace(module, scaling=module.scaling * scale_of(name, config))
         for name, module in skill.modules.items()

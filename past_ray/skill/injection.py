@@ -270,8 +270,6 @@ def _inject(
     folder, vector = _open_both(target, skill)
     check_places([place for _, place in outputs], [target, skill])
     configs = [_scale_config(scale) for scale, _ in outputs]
-    for config in configs:
-        check_scales_match(vector.manifest.tensors, config)
     if is_adapter(folder):
         if options.rounding != Rounding():
             raise SkillVectorError(
@@ -286,6 +284,8 @@ def _inject(
     target_weights, is_relative = _open_target(
         folder, vector, allow_other_base=options.allow_other_base
     )
+    for config in configs:
+        check_scales_match(target_weights, config)
     with ExitStack() as stack:
         writers = [
             stack.enter_context(write_folder(place, commit=CONFIG_FILE)) for _, place in outputs

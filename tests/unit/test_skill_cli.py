@@ -588,6 +588,19 @@ def test_ctrl_c_in_the_middle_writes_nothing_and_says_so(tmp_path):
     assert time.monotonic() - interrupted < 5
     assert process.returncode == 130
     assert out == ""
-    assert errors.strip().splitlines() == ["interrupted; nothing was written"]
+    assert errors.strip().splitlines() == ["interrupted; what was not finished is not there"]
     assert {entry.name for entry in tmp_path.iterdir()} == known
     assert contents(tmp_path / "older") == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "unused"),
+    [
+        (("--density", "0.3"), "--density"),
+        (("--method", "ties", "--drop-rate", "0.5"), "--drop-rate"),
+        (("--method", "ties", "--seed", "1"), "--seed"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_an_option_that_the_method_ignores_is_refused(arguments, unused, here):
+    assert f"does not use {unused}" in refused("combine", "v1", "v2", "-o", "x", *arguments)
