@@ -1,7 +1,6 @@
 """``past-ray skill``: skill vectors as folders. Heavy imports follow the parsing."""
 
 import json
-import math
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,8 +8,28 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from past_ray.cli.skill_options import (
+    Address,
+    ChunkMib,
+    Dtype,
+    OtherBase,
+    Out,
+    RoundingSeed,
+    Scales,
+    ShardGb,
+    SkillArgument,
+    Verify,
+    Workers,
+    at_least,
+    hash_files,
+    merge_rule,
+    numbers,
+    places,
+    read_yaml,
+    rounding,
+    strength,
+)
 from past_ray.cli.user_errors import user_errors
-from past_ray.errors import ConfigError
 
 if TYPE_CHECKING:
     from past_ray.skill.stream import StreamSettings
@@ -20,38 +39,6 @@ skill_app = typer.Typer(
     help="Extract, inject, combine and check skill vectors. Folders may be on a local disk, NFS,"
     " s3:// or gs://.",
 )
-
-Out = Annotated[str, typer.Option("--out", "-o", help="Folder of the result.")]
-SkillArgument = Annotated[str, typer.Argument(help="Folder of a skill vector.")]
-Workers = Annotated[
-    int | None, typer.Option(help="Threads; by default one for each CPU.", show_default=False)
-]
-ChunkMib = Annotated[int, typer.Option(help="MiB of float32 that a thread holds per tensor.")]
-ShardGb = Annotated[float, typer.Option(help="Largest file of weights, in GB.")]
-Address = Annotated[
-    str | None,
-    typer.Option(
-        help="Ray cluster that does the shards, e.g. auto; by default this process.",
-        show_default=False,
-    ),
-]
-Scales = Annotated[
-    Path | None,
-    typer.Option(help="YAML with scales by layer and module; see docs/skill-format.md."),
-]
-Dtype = Annotated[
-    str | None, typer.Option(help="float32, bfloat16 or float16; by default the target's.")
-]
-RoundingSeed = Annotated[
-    int | None,
-    typer.Option("--stochastic", help="Round at random, unbiased, from this seed.", metavar="SEED"),
-]
-OtherBase = Annotated[
-    bool, typer.Option(help="Accept a target that did not grow from the vector's base.")
-]
-Verify = Annotated[
-    bool, typer.Option("--verify", help="Hash all that is read, as `skill verify` does.")
-]
 
 
 @skill_app.command()
@@ -79,11 +66,11 @@ def extract(
 
         provenance = Provenance(
             task=task,
-            refinement_round=int(_at_least("--round", refinement_round, 0)),
+            refinement_round=int(at_least("--round", refinement_round, 0)),
             seed=seed,
             reward=reward,
-            rl_recipe=None if recipe is None else _read_yaml(recipe),
-            source_data_hash=_hash_files(data) if data else None,
+            rl_recipe=None if recipe is None else read_yaml(recipe),
+            source_data_hash=hash_files(data) if data else None,
         )
         manifest = extract(
             rl,
@@ -123,17 +110,17 @@ def inject(
     with _session(workers, chunk_mib, shard_gb, address) as settings:
         from past_ray.skill import check_target, inject
 
-        strength = _scale(scale, scales)
-        places = _places(targets, out)
+        amount = strength(scale, scales)
+        folders = places(targets, out)
         for target in targets:
             check_target(target, skill, allow_other_base=allow_other_base)
-        for target, place in places.items():
+        for target, place in folders.items():
             inject(
                 target,
                 skill,
                 place,
-                scale=strength,
-                rounding=_rounding(dtype, stochastic),
+                scale=amount,
+                rounding=rounding(dtype, stochastic),
                 allow_other_base=allow_other_base,
                 verify=verify,
                 settings=settings,
@@ -160,12 +147,12 @@ def sweep(
     with _session(workers, chunk_mib, shard_gb, address) as settings:
         from past_ray.skill import sweep
 
-        outs = {value: f"{out}/scale-{value:g}" for value in _numbers("--scales", scales)}
+        outs = {value: f"{out}/scale-{value:g}" for value in numbers("--scales", scales)}
         sweep(
             target,
             skill,
             outs,
-            rounding=_rounding(dtype, stochastic),
+            rounding=rounding(dtype, stochastic),
             allow_other_base=allow_other_base,
             verify=verify,
             settings=settings,
@@ -199,8 +186,8 @@ def combine(
         manifest = combine(
             skills,
             out,
-            weights=None if weights is None else _numbers("--weights", weights),
-            rule=_merge_rule(method, density=density, drop_rate=drop_rate, seed=seed),
+            weights=None if weights is None else numbers("--weights", weights),
+            rule=merge_rule(method, density=density, drop_rate=drop_rate, seed=seed),
             settings=settings,
         )
         typer.echo(f"wrote {out}: {manifest.operation}, norm {manifest.norm:.6g}")
@@ -304,8 +291,8 @@ def _session(
         from past_ray.skill.stream import StreamSettings
 
         options: dict[str, Any] = {
-            "chunk_blocks": int(_at_least("--chunk-mib", chunk_mib, 1)),
-            "max_shard_bytes": int(_at_least("--shard-gb", shard_gb, 1e-9) * 1e9),
+            "chunk_blocks": int(at_least("--chunk-mib", chunk_mib, 1)),
+            "max_shard_bytes": int(at_least("--shard-gb", shard_gb, 1e-9) * 1e9),
         }
         if workers is not None:
             options["workers"] = workers
@@ -317,88 +304,3 @@ def _session(
 
             with shards_on_ray(address) as run_shards:
                 yield StreamSettings(on_progress=on_progress, run_shards=run_shards, **options)
-
-
-def _scale(scale: float | None, scales: Path | None) -> Any:  # noqa: ANN401 - a number or a config
-    from past_ray.config.loading import load_config
-    from past_ray.config.skill import ScaleConfig
-
-    if scales is None:
-        return 1.0 if scale is None else scale
-    return load_config(ScaleConfig, scales, [] if scale is None else [f"scale={scale}"])
-
-
-def _rounding(dtype: str | None, seed: int | None) -> Any:  # noqa: ANN401 - imported late
-    from past_ray.skill import Rounding
-
-    if dtype is not None:
-        _one_of("--dtype", dtype, ("float32", "bfloat16", "float16"))
-    return Rounding(dtype=dtype, seed=seed)  # type: ignore[arg-type]
-
-
-def _merge_rule(method: str, **options: float | None) -> Any:  # noqa: ANN401 - imported late
-    """Refuse an option that the method would ignore."""
-    from past_ray.skill import MergeRule
-
-    _one_of("--method", method, ("linear", "ties", "dare"))
-    given = {name: value for name, value in options.items() if value is not None}
-    used = {"linear": set[str](), "ties": {"density"}, "dare": {"drop_rate", "seed"}}[method]
-    if unused := sorted(given.keys() - used):
-        names = ", ".join(f"--{name.replace('_', '-')}" for name in unused)
-        raise ConfigError(
-            f"--method {method} does not use {names}. Leave it out, or choose the method that does."
-        )
-    return MergeRule(method=method, **given)  # type: ignore[arg-type]
-
-
-def _places(targets: list[str], out: str) -> dict[str, str]:
-    """Where each target's result goes."""
-    if len(targets) == 1:
-        return {targets[0]: out}
-    names = [target.rstrip("/").rpartition("/")[2] for target in targets]
-    if len(set(names)) < len(names):
-        raise ConfigError(
-            f"targets of one run must have different folder names, got {', '.join(names)}."
-            " Inject them one by one."
-        )
-    return {target: f"{out}/{name}" for target, name in zip(targets, names, strict=True)}
-
-
-def _numbers(option: str, text: str) -> list[float]:
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError as error:
-        raise ConfigError(f"{option} must be numbers such as 0,0.5,1, got {text!r}.") from error
-
-
-def _at_least(option: str, value: float, least: float) -> float:
-    if not least <= value < math.inf:
-        raise ConfigError(f"{option} must be at least {least:g}, got {value:g}.")
-    return value
-
-
-def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> Any:  # noqa: ANN401 - a literal
-    if value not in allowed:
-        raise ConfigError(f"{option} must be one of {', '.join(allowed)}, got {value!r}.")
-    return value
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
-    try:
-        values = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
-        found = " ".join(str(error).split())
-        raise ConfigError(f"{path} must be a readable YAML file: {found}.") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} must hold a mapping, found {type(values).__name__}.")
-    return {str(key): value for key, value in values.items()}
-
-
-def _hash_files(paths: list[Path]) -> str:
-    from past_ray.skill.manifest import hash_files
-
-    return hash_files(paths)

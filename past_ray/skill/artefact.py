@@ -12,7 +12,6 @@ same manifest and card. ``docs/skill-format.md`` specifies both.
 """
 
 import math
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from past_ray.errors import SkillVectorError, StorageError
-from past_ray.locations import Folder, FolderWriter, Place, open_folder
+from past_ray.errors import SkillVectorError
+from past_ray.locations import FolderWriter, Place, open_folder
 from past_ray.skill.adapter import Adapter, LoraModule, concatenate, lora_delta
 from past_ray.skill.adapter_folder import read_adapter, write_adapter
 from past_ray.skill.arithmetic import Corrections
@@ -36,6 +35,7 @@ from past_ray.skill.blocks import (
 )
 from past_ray.skill.checkpoint import save_tensors
 from past_ray.skill.compatibility import check_same_parameters
+from past_ray.skill.corrections import StoredCorrections, corrections_digest
 from past_ray.skill.manifest import (
     CARD_FILE,
     CORRECTIONS_FILE,
@@ -80,7 +80,7 @@ class SkillVector:
                 " or extract it again."
             )
         self._weights: StoredWeights | None = None
-        self._corrections: _StoredCorrections | None = None
+        self._corrections: StoredCorrections | None = None
         self._adapter: Adapter | None = None
         if self.manifest.form == "lora":
             self._adapter = read_adapter(self.folder)
@@ -90,7 +90,7 @@ class SkillVector:
             self._weights = open_weights(self.folder)
             shapes, digests = self._weights.shapes(), {}
             if any(record.corrections_digest for record in self.manifest.tensors.values()):
-                self._corrections = _StoredCorrections(self.folder, self.manifest)
+                self._corrections = StoredCorrections(self.folder, self.manifest)
         check_same_parameters(
             f"{self.folder}", shapes, f"its {MANIFEST_FILE}", self.manifest.shapes
         )
@@ -316,7 +316,7 @@ def tensor_record(shape: tuple[int, ...], total: TensorTotals) -> TensorRecord:
         norm=norm,
         num_unchanged=int(sums["unchanged"]),
         num_corrections=0 if total.corrections is None else len(total.corrections[0]),
-        corrections_digest=_corrections_digest(total.corrections),
+        corrections_digest=corrections_digest(total.corrections),
     )
     # The largest float32 numbers are infinite in bfloat16.
     if not math.isfinite(sums.get("bf16_square", math.nan)):
@@ -338,58 +338,3 @@ def vector_hash(records: Mapping[str, TensorRecord]) -> str:
         if record.corrections_digest is not None:
             digests[f"{name}.corrections"] = record.corrections_digest
     return weights_hash(digests)
-
-
-def _corrections_digest(corrections: Corrections | None) -> str | None:
-    if corrections is None:
-        return None
-    entries, values = corrections
-    return weights_hash({"entries": digest_of(entries), "values": digest_of(values)})
-
-
-class _StoredCorrections:
-    """Corrections of a dense skill folder; sparse, so those of a few tensors are kept in memory."""
-
-    NUM_KEPT = 8
-
-    def __init__(self, folder: Folder, manifest: SkillManifest) -> None:
-        corrected = [name for name, r in manifest.tensors.items() if r.corrections_digest]
-        names = [f"{name}.{key}" for name in corrected for key in ("entries", "values")]
-        self._stored = StoredWeights(folder, dict.fromkeys(names, CORRECTIONS_FILE))
-        self._folder = folder
-        self._digests = {name: manifest.tensors[name].corrections_digest for name in corrected}
-        self._kept: dict[str, Corrections] = {}
-        self._lock = threading.Lock()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_stored": self._stored, "_folder": self._folder, "_digests": self._digests}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _kept={}, _lock=threading.Lock())
-
-    def within(self, chunk: Chunk) -> Corrections | None:
-        if chunk.name not in self._digests:
-            return None
-        entries, values = self._of(chunk.name)
-        bounds = torch.tensor([chunk.start, chunk.stop])
-        first, last = torch.searchsorted(entries, bounds).tolist()
-        if first == last:
-            return None
-        return entries[first:last] - chunk.start, values[first:last]
-
-    def _of(self, name: str) -> Corrections:
-        with self._lock:
-            if name not in self._kept:
-                found = (
-                    self._stored.tensor(f"{name}.entries"),
-                    self._stored.tensor(f"{name}.values"),
-                )
-                if _corrections_digest(found) != self._digests[name]:
-                    raise StorageError(
-                        f"the corrections of {name} must be those that were saved, found others in"
-                        f" {self._folder}. It was changed or damaged: copy or extract it again."
-                    )
-                if len(self._kept) >= self.NUM_KEPT:
-                    del self._kept[next(iter(self._kept))]
-                self._kept[name] = found
-            return self._kept[name]
