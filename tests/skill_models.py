@@ -107,3 +107,8 @@ def same_bits(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bool:
     return left.keys() == right.keys() and all(
         torch.equal(bits(left[name]), bits(right[name])) for name in left
     )
+
+
+def distance(found: Tensor, expected: Tensor) -> float:
+    """Return how far tensors are apart relative to the second, in the Frobenius norm."""
+    return ((found.double() - expected.double()).norm() / expected.double().norm()).item()

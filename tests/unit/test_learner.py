@@ -1,3 +1,5 @@
+"""Log-probabilities, gradients and steps of the GRPO learner."""
+
 import json
 import logging
 import math
@@ -11,72 +13,21 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from past_ray.config.rl import RLConfig
 from past_ray.config.sft import LoraConfig
-from past_ray.engine.adapter import merge_adapter
 from past_ray.engine.learner import GRPOLearner
-from past_ray.errors import ConfigError, DataError, PastRayError, StorageError
+from past_ray.errors import ConfigError, DataError, PastRayError
 from past_ray.rl.advantages import group_advantages
 from past_ray.rl.batching import count_loss_tokens
 from past_ray.rl.types import TrainSample
-from tests.tiny_model import make_tiny_model
-
-LORA = LoraConfig(rank=4, alpha=8)
-SHAPES = ((9, 3), (5, 1), (12, 6), (7, 2), (3, 2))
-"""Tokens and sampled tokens of each sample."""
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_model(tmp_path_factory.mktemp("learner") / "model")
-
-
-@pytest.fixture(scope="module")
-def other_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_model(tmp_path_factory.mktemp("learner") / "other", seed=1)
-
-
-def make_learner(checkpoint: Path, *, resume_from: Path | None = None, **settings) -> GRPOLearner:
-    reference = settings.pop("reference", None)
-    config = RLConfig(**{"kl_coefficient": 0.0, "max_grad_norm": 1e9, **settings})
-    learner = GRPOLearner(config, device="cpu")
-    learner.load(checkpoint, reference=reference, resume_from=resume_from)
-    return learner
-
-
-def make_samples(seed: int = 0) -> list[TrainSample]:
-    generator = torch.Generator().manual_seed(seed)
-    samples = []
-    for length, num_sampled in SHAPES:
-        mask = [index >= length - num_sampled for index in range(length)]
-        advantage = torch.randn((), generator=generator).item()
-        samples.append(
-            TrainSample(
-                token_ids=torch.randint(6, 60, (length,), generator=generator).tolist(),
-                loss_mask=mask,
-                generator_logprobs=[0.0] * length,
-                advantages=[advantage if trains else 0.0 for trains in mask],
-            )
-        )
-    return samples
-
-
-def on_policy(learner: GRPOLearner, samples: list[TrainSample]) -> list[TrainSample]:
-    """Give the samples the log-probabilities of the learner's own weights."""
-    return [
-        TrainSample(
-            token_ids=sample.token_ids,
-            loss_mask=sample.loss_mask,
-            generator_logprobs=[
-                value if trains else 0.0
-                for value, trains in zip(row, sample.loss_mask, strict=True)
-            ],
-            advantages=sample.advantages,
-        )
-        for sample, row in zip(samples, learner.token_logprobs(samples), strict=True)
-    ]
-
-
-def step(learner: GRPOLearner, samples: list[TrainSample]) -> dict[str, float]:
-    return learner.train_step(samples, num_loss_tokens=count_loss_tokens(samples))
+from tests.tiny_learner import (
+    assert_same,
+    checkpoint_fixture,  # noqa: F401
+    make_learner,
+    make_samples,
+    on_policy,
+    other_checkpoint_fixture,  # noqa: F401
+    plain_logprobs,
+    step,
+)
 
 
 def gradients(learner: GRPOLearner, samples: list[TrainSample]) -> dict[str, Tensor]:
@@ -94,25 +45,8 @@ def gradients(learner: GRPOLearner, samples: list[TrainSample]) -> dict[str, Ten
     return seen
 
 
-def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor], *, atol: float) -> None:
-    assert ours.keys() == theirs.keys()
-    for name, value in theirs.items():
-        torch.testing.assert_close(
-            ours[name], value, atol=atol, rtol=0, msg=lambda m, name=name: f"{name} {m}"
-        )
-
-
 def global_norm(gradient: dict[str, Tensor]) -> float:
     return math.sqrt(sum(float(part.square().sum()) for part in gradient.values()))
-
-
-def plain_logprobs(folder: Path, sample: TrainSample, temperature: float) -> Tensor:
-    """Score one sample without padding, batches or any code of ours."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    ids = torch.tensor([sample.token_ids])
-    with torch.no_grad():
-        table = torch.log_softmax(model(ids).logits[0] / temperature, dim=-1)
-    return torch.tensor([0.0] + [table[t - 1, ids[0, t]].item() for t in range(1, ids.shape[1])])
 
 
 @pytest.mark.parametrize("max_tokens", [1, 24, 10_000])
@@ -297,105 +231,6 @@ def test_step_without_loss_tokens_advances_the_version_only(checkpoint: Path):
     assert_same(learner.export_weights(), before, atol=0)
 
 
-def test_exported_weights_do_not_change_with_further_training(checkpoint: Path):
-    learner = make_learner(checkpoint)
-    exported = learner.export_weights()
-    copies = {name: value.clone() for name, value in exported.items()}
-    step(learner, on_policy(learner, make_samples()))
-    assert_same(exported, copies, atol=0)
-
-
-def test_tied_head_is_exported_once(tmp_path: Path):
-    tied = make_tiny_model(tmp_path / "tied", tie_word_embeddings=True)
-    weights = make_learner(tied).export_weights()
-    assert "model.embed_tokens.weight" in weights
-    assert "lm_head.weight" not in weights
-
-
-@pytest.mark.parametrize("lora", [None, LORA])
-def test_resumed_run_continues_bit_for_bit(
-    checkpoint: Path, tmp_path: Path, lora: LoraConfig | None
-):
-    settings = {"lora": lora, "weight_decay": 0.01, "learning_rate": 1e-3}
-    learner = make_learner(checkpoint, **settings)
-    batches = [on_policy(learner, make_samples(seed)) for seed in range(4)]
-    for batch in batches[:2]:
-        step(learner, batch)
-    learner.save(tmp_path / "saved")
-    uninterrupted = [step(learner, batch) for batch in batches[2:]]
-
-    resumed = make_learner(checkpoint, resume_from=tmp_path / "saved", **settings)
-    assert resumed.policy_version == 2
-    assert [step(resumed, batch) for batch in batches[2:]] == uninterrupted
-    assert_same(resumed.export_weights(), learner.export_weights(), atol=0)
-    assert resumed.policy_version == learner.policy_version == 4
-
-
-@pytest.mark.parametrize("lora", [None, LORA])
-def test_saved_folder_is_a_plain_checkpoint_of_the_policy(
-    checkpoint: Path, tmp_path: Path, lora: LoraConfig | None
-):
-    learner = make_learner(checkpoint, lora=lora, learning_rate=1e-2)
-    samples = on_policy(learner, make_samples())
-    step(learner, samples)
-    learner.save(tmp_path / "saved")
-    row = torch.tensor(learner.token_logprobs(samples)[2])
-    expected = plain_logprobs(tmp_path / "saved", samples[2], 1.0)
-    assert (row - torch.tensor(samples[2].generator_logprobs))[-6:].abs().max() > 1e-3
-    torch.testing.assert_close(row, expected, atol=5e-5, rtol=0)
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "saved")
-    assert tokenizer.decode([tokenizer.convert_tokens_to_ids("anna")]) == "anna"
-
-
-def test_save_replaces_an_older_checkpoint(checkpoint: Path, tmp_path: Path):
-    learner = make_learner(checkpoint)
-    learner.save(tmp_path / "saved")
-    step(learner, on_policy(learner, make_samples()))
-    learner.save(tmp_path / "saved")
-    assert make_learner(checkpoint, resume_from=tmp_path / "saved").policy_version == 1
-
-
-def test_adapter_changes_its_target_modules_and_nothing_else(checkpoint: Path):
-    learner = make_learner(checkpoint, lora=LORA, learning_rate=1e-2)
-    before = make_learner(checkpoint).export_weights()
-    step(learner, on_policy(learner, make_samples()))
-    after = learner.export_weights()
-    assert after.keys() == before.keys()
-    changed = {name for name in after if not torch.equal(after[name], before[name])}
-    targets = {f"{name}.weight" for name in LORA.target_modules}
-    assert {".".join(name.split(".")[-2:]) for name in changed} == targets
-    assert len(changed) == 2 * len(targets)
-
-
-def test_fresh_adapter_exports_the_checkpoint_itself(checkpoint: Path):
-    exported = make_learner(checkpoint, lora=LORA).export_weights()
-    assert_same(exported, make_learner(checkpoint).export_weights(), atol=0)
-
-
-def test_merging_adds_scaled_product_of_the_factors():
-    state = {
-        "base_model.model.q_proj.base_layer.weight": torch.tensor([[1.0, 2.0]]),
-        "base_model.model.q_proj.base_layer.bias": torch.tensor([5.0]),
-        "base_model.model.q_proj.lora_A.default.weight": torch.tensor([[1.0, -1.0], [0.0, 2.0]]),
-        "base_model.model.q_proj.lora_B.default.weight": torch.tensor([[3.0, 4.0]]),
-        "base_model.model.norm.weight": torch.tensor([7.0]),
-    }
-    merged = merge_adapter(state, scaling=0.5)
-    # B A = [3, -3 + 8] = [3, 5].
-    assert {name: value.tolist() for name, value in merged.items()} == {
-        "q_proj.weight": [[2.5, 4.5]],
-        "q_proj.bias": [5.0],
-        "norm.weight": [7.0],
-    }
-
-
-def test_loading_again_starts_over(checkpoint: Path, other_checkpoint: Path):
-    learner = make_learner(checkpoint)
-    step(learner, on_policy(learner, make_samples()))
-    assert learner.load(other_checkpoint, reference=None, resume_from=None) == 0
-    assert_same(learner.export_weights(), make_learner(other_checkpoint).export_weights(), atol=0)
-
-
 def test_wrong_count_of_loss_tokens_is_refused(checkpoint: Path):
     learner = make_learner(checkpoint)
     with pytest.raises(DataError, match="got 13 for 14 tokens"):
@@ -433,14 +268,3 @@ def test_k1_warns_that_it_does_nothing(checkpoint: Path, caplog: pytest.LogCaptu
     with caplog.at_level(logging.WARNING):
         GRPOLearner(RLConfig(kl_coefficient=0.1, kl_estimator="k1"), device="cpu")
     assert "rl.kl_estimator=k1" in caplog.text
-
-
-def test_folder_without_a_model_is_named(tmp_path: Path):
-    with pytest.raises(StorageError, match=str(tmp_path)):
-        make_learner(tmp_path)
-
-
-def test_full_checkpoint_cannot_continue_an_adapter_run(checkpoint: Path, tmp_path: Path):
-    make_learner(checkpoint).save(tmp_path / "saved")
-    with pytest.raises(StorageError, match=r"adapter\.pt"):
-        make_learner(checkpoint, lora=LORA, resume_from=tmp_path / "saved")

@@ -1,73 +1,33 @@
+"""Models whose files or numbers are damaged, and scales that are no numbers."""
+
 import json
-import re
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from past_ray.config.skill import ScaleConfig
-from past_ray.errors import SkillVectorError, StorageError
-from past_ray.locations import open_folder
-from past_ray.skill import Rounding, extract, inject, load_manifest, load_skill, sweep, verify
-from past_ray.skill.blocks import BLOCK
+from past_ray.errors import StorageError
+from past_ray.skill import Rounding, extract, inject, verify
 from past_ray.skill.checkpoint import load_weights
 from tests.skill_folders import (
     INDEX,
     WEIGHTS,
-    contents,
     edit_json,
     flip_byte,
     make_checkpoint,
     names,
-    nudged,
     random_tensors,
     write_json,
 )
-
-NORM = "model.norm.weight"
-ROLES = ("rl", "sft", "target")
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path):
-    """Folders that fit together: rl, sft and target, the parents' vector, and a base."""
-    weights = random_tensors(0)
-    make_checkpoint(tmp_path / "base", weights, shard_bytes=300)
-    make_checkpoint(tmp_path / "sft", nudged(weights, 1), shard_bytes=300)
-    make_checkpoint(tmp_path / "rl", nudged(weights, 2), shard_bytes=300)
-    make_checkpoint(tmp_path / "target", nudged(weights, 3), shard_bytes=300)
-    extract(tmp_path / "rl", tmp_path / "sft", tmp_path / "skill")
-    return tmp_path
-
-
-def use(folder, role):
-    """Run the operation that reads the model called ``role``."""
-    if role == "target":
-        inject(folder / "target", folder / "skill", folder / "out")
-    else:
-        extract(folder / "rl", folder / "sft", folder / "out", base=folder / "base")
-
-
-def refusal(run, *arguments, error=SkillVectorError, **options):
-    """Return the message with which ``run`` refuses its arguments; nothing may be written."""
-    with pytest.raises(error) as caught:
-        run(*arguments, **options)
-    return str(caught.value)
-
-
-def refused(folder, role, *, error=SkillVectorError):
-    before = names(folder)
-    message = refusal(use, folder, role, error=error)
-    assert names(folder) == before
-    assert message.endswith(".")
-    return message
-
-
-def change(folder, role, **tensors):
-    """Replace weights of a model; dots in names are written as double underscores."""
-    weights = load_weights(folder / role)
-    weights |= {name.replace("__", "."): tensor for name, tensor in tensors.items()}
-    make_checkpoint(folder / role, weights)
+from tests.skill_refusals import (
+    NORM,
+    ROLES,
+    change,
+    folder_fixture,  # noqa: F401
+    refusal,
+    refused,
+)
 
 
 def first_shard(folder):
@@ -290,294 +250,6 @@ def test_parents_without_tensors_are_refused(folder):
     for role in ("rl", "sft"):
         make_checkpoint(folder / role, {})
     assert "must hold at least one tensor, found none" in refused(folder, "rl")
-
-
-# The vector
-
-
-def test_an_empty_vector_is_refused(folder):
-    edit_json(folder / "skill" / "skill.json", tensors={})
-    save_file({}, folder / "skill" / WEIGHTS)
-    (folder / "skill" / INDEX).unlink()
-    message = refused(folder, "target")
-    assert f"{folder / 'skill'} must hold at least one parameter, found none." in message
-    assert message.endswith("Select less strictly, or extract it again.")
-
-
-@pytest.mark.parametrize("position", [-1, -500, -1200])
-def test_one_flipped_bit_of_a_vector_is_found_before_there_is_a_result(folder, position):
-    flip_byte(folder / "skill" / WEIGHTS, position)
-    messages = [
-        refused(folder, "target"),
-        refusal(load_skill, folder / "skill"),
-        refusal(verify, folder / "skill"),
-    ]
-    for message in messages:
-        assert f"{folder / 'skill'} must hold the numbers that its skill.json" in message
-        assert "1 tensors differ (first: " in message
-        assert message.endswith("changed or damaged: copy or extract it again.")
-
-
-def test_damaged_tensors_of_a_vector_are_counted_and_the_first_five_named(folder):
-    vector = load_file(folder / "skill" / WEIGHTS)
-    damaged = sorted(vector)[:6]
-    for name in damaged:
-        vector[name] += 1
-    save_file(vector, folder / "skill" / WEIGHTS)
-    assert f"6 tensors differ (first: {', '.join(damaged[:5])})" in refused(folder, "target")
-
-
-@pytest.mark.parametrize("block", [0, 1, 2])
-def test_a_flipped_bit_in_a_large_tensor_is_found_when_verifying(folder, block):
-    sft = {"w": torch.randn(3, BLOCK, generator=torch.Generator().manual_seed(0))}
-    make_checkpoint(folder / "sft", sft)
-    make_checkpoint(folder / "rl", {"w": sft["w"] * 1.25})
-    extract(folder / "rl", folder / "sft", folder / "skill")
-    flip_byte(folder / "skill" / WEIGHTS, -1 - 4 * BLOCK * (2 - block))
-    before = names(folder)
-    arguments = (folder / "sft", folder / "skill")
-    message = refusal(inject, *arguments, folder / "out", verify=True)
-    assert "1 tensors differ (first: w)" in message
-    message = refusal(sweep, *arguments, {1.0: folder / "out"}, verify=True)
-    assert "1 tensors differ (first: w)" in message
-    assert "1 tensors differ (first: w)" in refusal(verify, folder / "skill")
-    assert names(folder) == before
-
-
-def make_corrected_skill(folder):
-    make_checkpoint(folder / "rl", random_tensors(8))
-    extract(folder / "rl", folder / "sft", folder / "skill")
-    return folder / "skill" / "corrections.safetensors"
-
-
-@pytest.mark.parametrize("position", [-1, -100])
-def test_tampered_corrections_are_found(folder, position):
-    flip_byte(make_corrected_skill(folder), position)
-    for message in (
-        refused(folder, "target", error=StorageError),
-        refusal(load_skill, folder / "skill", error=StorageError),
-        refusal(verify, folder / "skill", error=StorageError),
-    ):
-        assert re.search(r"the corrections of \S+ must be those that were saved", message)
-        assert str(folder / "skill") in message
-        assert message.endswith("changed or damaged: copy or extract it again.")
-
-
-def test_missing_and_truncated_corrections_are_found(folder):
-    file = make_corrected_skill(folder)
-    content = file.read_bytes()
-    file.write_bytes(content[:-1])
-    assert f"{file} must be a complete safetensors file" in refused(
-        folder, "target", error=StorageError
-    )
-    file.unlink()
-    assert str(file) in refused(folder, "target", error=StorageError)
-
-
-def test_a_manifest_whose_corrections_were_removed_is_refused(folder):
-    make_corrected_skill(folder).unlink()
-    manifest = json.loads((folder / "skill" / "skill.json").read_text())
-    for record in manifest["tensors"].values():
-        record |= {"num_corrections": 0, "corrections_digest": None}
-    write_json(folder / "skill" / "skill.json", manifest)
-    assert "vector_hash" in refused(folder, "target")
-
-
-@pytest.mark.parametrize("version", [1, 3, None, "2"])
-def test_another_format_version_names_the_version_that_wrote_it(folder, version):
-    manifest = json.loads((folder / "skill" / "skill.json").read_text())
-    manifest |= {"format_version": version, "past_ray_version": "9.9.9"}
-    write_json(folder / "skill" / "skill.json", manifest)
-    for message in (refused(folder, "target"), refusal(load_manifest, folder / "skill")):
-        assert f"{folder / 'skill'} must have format_version 2, got {version}." in message
-        assert "Read it with the past_ray that wrote it, version 9.9.9, or extract" in message
-
-
-def test_a_vector_whose_tensors_are_not_those_of_its_manifest_is_refused(folder):
-    vector = load_file(folder / "skill" / WEIGHTS)
-    vector["renamed"] = vector.pop(NORM)
-    save_file(vector, folder / "skill" / WEIGHTS)
-    (folder / "skill" / INDEX).unlink()
-    message = refused(folder, "target")
-    assert "and its skill.json must have the same parameters" in message
-    assert f"(first: [{NORM}])" in message
-
-
-# What does not fit together
-
-
-FINGERPRINTS = {
-    "architecture": (
-        lambda role: edit_json(role / "config.json", model_type="llama"),
-        "model_type is {} and {}",
-    ),
-    "size": (
-        lambda role: edit_json(role / "config.json", num_hidden_layers=9),
-        "num_hidden_layers is {} and {}",
-    ),
-    "tying": (
-        lambda role: edit_json(role / "config.json", tie_word_embeddings=True),
-        "tied_embeddings is {} and {}",
-    ),
-    "vocabulary": (
-        lambda role: edit_json(role / "tokenizer.json", model={"vocab": {"anna": 1, "ben": 0}}),
-        "tokenizer is {} and {}",
-    ),
-    "added token": (
-        lambda role: edit_json(
-            role / "tokenizer.json", added_tokens=[{"content": "<new>", "id": 2}]
-        ),
-        "tokenizer is {} and {}",
-    ),
-    "chat template": (
-        lambda role: (role / "chat_template.jinja").write_text("{{ other }}"),
-        "chat_template is {} and {}",
-    ),
-}
-
-
-@pytest.mark.parametrize("role", ["rl", "target", "base"])
-@pytest.mark.parametrize("kind", FINGERPRINTS)
-def test_models_that_mean_something_else_are_refused_with_both_values(folder, role, kind):
-    edit, told = FINGERPRINTS[kind]
-    edit(folder / role)
-    message = refused(folder, role)
-    other = {"rl": folder / "sft", "target": folder / "skill", "base": folder / "sft"}[role]
-    assert f"{folder / role} and " in message
-    assert str(other) in message
-    assert "must come from the same base model and tokenizer, but" in message
-    assert re.search(told.format(r"(\S+)", r"(\S+)"), message)
-    assert message.endswith("Train both from one base with one recipe.")
-
-
-@pytest.mark.parametrize("role", ["rl", "target"])
-def test_missing_parameters_are_counted_and_the_first_five_named(folder, role):
-    weights = load_weights(folder / role)
-    dropped = sorted(weights)[:6]
-    make_checkpoint(folder / role, {n: w for n, w in weights.items() if n not in dropped})
-    message = refused(folder, role)
-    assert f"[{', '.join(dropped[:5])}, ...]" in message
-    if role == "rl":
-        assert "rl and sft must have the same parameters; 0 only in rl (first: [])" in message
-        assert "6 only in sft (first: [" in message
-    else:
-        assert f"target {folder / 'target'} must have every parameter of skill" in message
-        assert "which has 8; 6 are absent (first: [" in message
-
-
-@pytest.mark.parametrize("role", ["rl", "target"])
-def test_other_shapes_are_counted_and_the_first_five_given(folder, role):
-    weights = load_weights(folder / role)
-    changed = sorted(weights)[:6]
-    for name in changed:
-        weights[name] = weights[name].repeat(2, *[1] * (weights[name].dim() - 1))
-    make_checkpoint(folder / role, weights)
-    message = refused(folder, role)
-    for number, name in enumerate(changed):
-        before = tuple(load_manifest(folder / "skill").shapes[name])
-        shapes = f"{name} {tuple(weights[name].shape)} and {before}"
-        assert (shapes in message) == (number < 5)
-    assert re.search(r"6 (with|have) other shapes", message)
-
-
-def test_parameters_of_the_target_that_the_vector_lacks_are_no_offence(folder):
-    change(folder, "target", more=torch.ones(3))
-    use(folder, "target")
-    assert load_weights(folder / "out")["more"].tolist() == [1.0] * 3
-
-
-# Where the result goes
-
-
-@pytest.mark.parametrize("role", ["rl", "sft", "base"])
-def test_a_vector_is_never_written_over_a_model_it_is_made_from(folder, role):
-    before = contents(folder / role)
-    message = refusal(extract, folder / "rl", folder / "sft", folder / role, base=folder / "base")
-    assert str(folder / role) in message
-    assert contents(folder / role) == before
-
-
-def test_a_vector_is_never_written_over_the_previous_rounds(folder):
-    before = contents(folder / "skill")
-    with pytest.raises(SkillVectorError):
-        extract(folder / "rl", folder / "sft", folder / "skill", parent=folder / "skill")
-    assert contents(folder / "skill") == before
-
-
-@pytest.mark.parametrize("role", ["target", "skill"])
-@pytest.mark.parametrize("spelling", ["same", "dots", "link", "uri"])
-def test_a_model_is_never_written_over_what_it_is_made_from(folder, role, spelling):
-    (folder / "link").symlink_to(folder / role)
-    out = {
-        "same": folder / role,
-        "dots": folder / "rl" / ".." / role,
-        "link": folder / "link",
-        "uri": f"file://{folder / role}",
-    }[spelling]
-    before = contents(folder / role)
-    arguments = (folder / "target", folder / "skill")
-    assert str(folder / role) in refusal(inject, *arguments, out)
-    assert str(folder / role) in refusal(sweep, *arguments, {0.5: folder / "x", 1.0: out})
-    assert contents(folder / role) == before
-    assert "x" not in names(folder)
-
-
-@pytest.mark.parametrize("operation", ["extract", "inject"])
-def test_a_result_is_never_written_over_a_folder_that_holds_its_inputs(folder, operation):
-    # A model itself, as a training run with its checkpoints is.
-    write_json(folder / "config.json", {})
-    before = names(folder)
-    if operation == "extract":
-        refusal(extract, folder / "rl", folder / "sft", folder)
-    else:
-        refusal(inject, folder / "target", folder / "skill", folder)
-    assert names(folder) == before
-
-
-def test_a_sweep_never_writes_two_results_to_one_folder(folder):
-    outs = {0.5: folder / "out", 1.0: open_folder(folder / "out")}
-    message = refusal(sweep, folder / "target", folder / "skill", outs)
-    assert f"must be different folders, but writing {folder / 'out'} would replace" in message
-    assert "out" not in names(folder)
-
-
-@pytest.mark.parametrize("operation", ["extract", "inject"])
-def test_a_folder_of_other_things_is_not_replaced(folder, operation):
-    (folder / "other").mkdir()
-    for number in range(6):
-        (folder / "other" / f"{number}.txt").write_text("mine")
-    before = contents(folder / "other")
-    run, role = {"extract": (extract, "rl"), "inject": (inject, "target")}[operation]
-    second = {"rl": "sft", "target": "skill"}[role]
-    message = refusal(run, folder / role, folder / second, folder / "other")
-    assert (
-        f"{folder / 'other'} must be absent, empty, or nothing but a model or a vector" in message
-    )
-    assert "found 0.txt, 1.txt, 2.txt, 3.txt, 4.txt in it" in message
-    assert contents(folder / "other") == before
-
-
-def test_an_empty_folder_an_older_model_and_an_older_vector_are_replaced(folder):
-    (folder / "out").mkdir()
-    extract(folder / "rl", folder / "sft", folder / "out")
-    assert contents(folder / "out") == contents(folder / "skill")
-    inject(folder / "target", folder / "skill", folder / "out")
-    assert "skill.json" not in names(folder / "out")
-    extract(folder / "rl", folder / "sft", folder / "out")
-    assert contents(folder / "out") == contents(folder / "skill")
-
-
-@pytest.mark.parametrize("below", [".", "below"])
-def test_a_file_where_the_result_should_go_is_kept(folder, below):
-    (folder / "file").write_text("mine")
-    out = folder / "file" / below
-    for run, arguments in (
-        (extract, (folder / "rl", folder / "sft")),
-        (inject, (folder / "target", folder / "skill")),
-    ):
-        message = refusal(run, *arguments, out, error=StorageError)
-        assert f"{folder / 'file'}" in message
-    assert (folder / "file").read_text() == "mine"
 
 
 @pytest.mark.parametrize(

@@ -1,23 +1,13 @@
 """``past-ray skill`` as a user types it."""
 
-import importlib.metadata
 import json
-import os
-import resource
 import shutil
-import signal
-import struct
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from typer.testing import CliRunner
 
-from past_ray.cli import app
 from past_ray.config.skill import ScaleConfig
 from past_ray.skill import (
     MergeRule,
@@ -30,52 +20,14 @@ from past_ray.skill import (
     select,
 )
 from past_ray.skill.checkpoint import load_weights
-from tests.skill_folders import contents, edit_json, flip_byte, make_checkpoint, names
-from tests.skill_models import D1, Q0, SMALL, make_adapter, make_model, make_skill, same_bits
-
-PROGRAM = [sys.executable, "-c", "from past_ray.cli import main; main()"]
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """Two vectors with their parents, and two targets; no test changes them."""
-    folder = tmp_path_factory.mktemp("made")
-    make_skill(folder / "v1", seed=1, shapes=SMALL)
-    make_skill(folder / "v2", seed=2, shapes=SMALL)
-    make_model(folder / "t1", seed=3, shapes=SMALL)
-    make_model(folder / "t2", seed=4, shapes=SMALL)
-    return folder
-
-
-@pytest.fixture
-def here(made, tmp_path, monkeypatch):
-    """A working directory with copies of them, so that commands read as in the README."""
-    for entry in made.iterdir():
-        shutil.copytree(entry, tmp_path / entry.name)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def run(*arguments):
-    return CliRunner().invoke(app, ["skill", *map(str, arguments)])
-
-
-def ok(*arguments):
-    done = run(*arguments)
-    assert done.exit_code == 0, done.output
-    return done
-
-
-def refused(*arguments):
-    """The one line that a user sees; nothing else may be shown and nothing raised."""
-    done = run(*arguments)
-    assert isinstance(done.exception, SystemExit), repr(done.exception)
-    assert done.exit_code == 1
-    assert "Traceback" not in done.output
-    assert done.stdout == ""
-    (line,) = done.stderr.strip().splitlines()
-    return line
-
+from tests.skill_cli import (
+    here_fixture,  # noqa: F401
+    made_fixture,  # noqa: F401
+    ok,
+    refused,
+)
+from tests.skill_folders import contents, edit_json, flip_byte, names
+from tests.skill_models import D1, Q0, SMALL, make_adapter, same_bits
 
 # Extract
 
@@ -363,244 +315,3 @@ def test_a_whole_session_with_an_adapter(here):
     for name, factor in ((Q0, 1.0), (D1, 0.5)):
         assert (after[name] - before[name] - factor * delta[name]).abs().max() < 1e-6
     assert Path("adapter", "adapter_model.safetensors").exists()
-
-
-# What is refused
-
-
-EXTRACT = ("extract", "v1.rl", "v1.sft", "-o", "x")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("extract", "v1.rl", "nowhere", "-o", "x"), "nowhere"),
-        (("extract", "v1.rl", "v1", "-o", "x"), "config.json"),
-        ((*EXTRACT, "--round", "-1"), "round"),
-        ((*EXTRACT, "--workers", "0"), "workers must be at least 1, got 0"),
-        ((*EXTRACT, "--chunk-mib", "0"), "--chunk-mib must be at least 1"),
-        ((*EXTRACT, "--shard-gb", "0"), "--shard-gb must be"),
-        ((*EXTRACT, "--shard-gb", "nan"), "--shard-gb must be"),
-        ((*EXTRACT, "--rank", "0"), "rank must be at least 1, got 0"),
-        ((*EXTRACT, "--recipe", "nowhere.yaml"), "nowhere.yaml must be a readable YAML file"),
-        ((*EXTRACT, "--recipe", "list.yaml"), "list.yaml must hold a mapping, found list"),
-        ((*EXTRACT, "--recipe", "broken.yaml"), "broken.yaml must be a readable YAML file"),
-        ((*EXTRACT, "--recipe", "open.yaml"), "open.yaml must be a readable YAML file"),
-        ((*EXTRACT, "--data", "nowhere.jsonl"), "nowhere.jsonl must be a readable file"),
-        ((*EXTRACT, "--data", "t1"), "t1 must be a readable file"),
-        ((*EXTRACT, "--parent", "v2"), "earlier refinement round"),
-        (("inject", "t1", "v1", "-o", "x", "--scale", "nan"), "scale must be a finite number"),
-        (("inject", "t1", "v1", "-o", "x", "--dtype", "int8"), "--dtype must be one of float32"),
-        (("inject", "t1", "v1", "-o", "x", "--scales", "nowhere.yaml"), "nowhere.yaml"),
-        (("inject", "t1", "v1", "-o", "x", "--scales", "typo.yaml"), "layer is not a known key"),
-        (("inject", "t1", "v1", "-o", "x", "--scales", "far.yaml"), "layers '7' must name layers"),
-        (("inject", "v1", "t1", "-o", "x"), "Swap the two"),
-        (("inject", "t1", "nowhere", "-o", "x"), "nowhere"),
-        (("sweep", "t1", "v1", "--scales", "0;1", "-o", "x"), "--scales must be numbers"),
-        (("sweep", "t1", "v1", "--scales", "1,nan", "-o", "x"), "scale must be a finite number"),
-        (("sweep", "t1", "v1", "--scales", "1.0000001,1", "-o", "x"), "different folders"),
-        (("combine", "v1", "v2", "--weights", "1", "-o", "x"), "1 weights for 2 vectors"),
-        (("combine", "v1", "v2", "--weights", "1,x", "-o", "x"), "--weights must be numbers"),
-        (("combine", "v1", "v2", "--method", "sum", "-o", "x"), "--method must be one of linear"),
-        (("combine", "v1", "t1", "-o", "x"), "t1 must be a skill folder"),
-        (("select", "v1", "--layers", "0-", "-o", "x"), "Write 8-20 or 0,3,8-20"),
-        (("select", "v1", "--layers", "7", "-o", "x"), "has 0 to 1"),
-        (("select", "v1", "--modules", "k_proj", "-o", "x"), "Correct the name"),
-        (("inspect", "t1"), "t1 must be a skill folder"),
-        (("inspect", "v1", "--target", "v2"), "must be a model"),
-        (("compare", "v1"), "at least two skill vectors, got 1"),
-        (("verify", "nowhere"), "nowhere must be a skill folder"),
-        (("verify", "v1", "--sft", "t1"), "must have the recorded sft_hash"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
-)
-def test_bad_input_is_one_line_and_leaves_nothing(arguments, message, here):
-    Path("list.yaml").write_text("- 1\n")
-    Path("broken.yaml").write_text("a: [1\nb: }\n")
-    Path("open.yaml").write_text("output: ${run_dir}/x\n")
-    Path("typo.yaml").write_text("layer: {0: 1}\n")
-    Path("far.yaml").write_text("layers: {7: 1}\n")
-    before = names(here)
-    line = refused(*arguments)
-    assert message in line
-    assert names(here) == before
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ("extract", "v1.rl", "v1.sft", "-o", "v1.rl"),
-        ("extract", "v1.rl", "v1.sft", "-o", "v1.sft"),
-        ("extract", "v1.rl", "v1.sft", "--base", "t1", "-o", "t1"),
-        ("extract", "v1.rl", "v1.sft", "--round", "2", "--parent", "v2", "-o", "v2"),
-        ("inject", "t1", "v1", "-o", "t1"),
-        ("inject", "t1", "v1", "-o", "v1"),
-        ("inject", "t1", "v1", "-o", "./t1/"),
-        ("inject", "t1", "v1", "-o", "t2/../t1"),
-        ("inject", "t1", "v1", "-o", "link"),
-        ("combine", "v1", "v2", "-o", "v2"),
-        ("select", "v1", "--layers", "0", "-o", "v1"),
-    ],
-    ids=" ".join,
-)
-def test_a_result_never_replaces_what_it_is_made_of(arguments, here):
-    Path("link").symlink_to("t1")
-    before = {entry.name: contents(entry) for entry in here.iterdir()}
-    refused(*arguments)
-    assert {entry.name: contents(entry) for entry in here.iterdir()} == before
-
-
-def test_a_folder_of_other_things_is_never_replaced(here):
-    """``-o ~/models`` instead of ``-o ~/models/skill`` must not delete all models."""
-    Path("models").mkdir()
-    shutil.copytree("t1", "models/t1")
-    Path("models", "notes.txt").write_text("precious")
-    run("extract", "v1.rl", "v1.sft", "-o", "models")
-    assert Path("models", "notes.txt").read_text() == "precious"
-    assert Path("models", "t1", "model.safetensors").exists()
-
-
-def test_an_older_result_is_replaced(here):
-    ok("select", "v1", "--layers", "0", "-o", "part")
-    ok("select", "v1", "--layers", "1", "-o", "part")
-    assert load_manifest("part").operation.startswith("select layers 1")
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [("extract", "v1.rl", "-o", "x"), ("extract", "v1.rl", "v1.sft"), ("inject", "v1", "-o", "x")],
-    ids=" ".join,
-)
-def test_a_missing_argument_is_a_usage_error(arguments, here):
-    done = run(*arguments)
-    assert done.exit_code == 2
-    assert "Missing" in done.stderr
-
-
-def test_without_a_command_the_commands_are_listed():
-    done = run()
-    for command in ("extract", "inject", "sweep", "combine", "select", "inspect", "compare"):
-        assert command in done.output
-
-
-# Real processes
-
-
-def test_help_imports_no_framework_and_takes_well_under_a_second():
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run(
-        [sys.executable, "-X", "importtime", *PROGRAM[1:], "skill", "extract", "--help"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert "Usage" in done.stdout
-    loaded = {line.rpartition("|")[2].strip().split(".")[0] for line in done.stderr.splitlines()}
-    assert "typer" in loaded
-    assert not {"torch", "ray", "vllm", "transformers", "numpy", "matplotlib"} & loaded
-    # Time of a processor: tests share their cores.
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.8
-
-
-def test_the_console_script_is_this_program():
-    (script,) = (
-        entry
-        for entry in importlib.metadata.entry_points(group="console_scripts")
-        if entry.name == "past-ray"
-    )
-    assert script.value == "past_ray.cli:main"
-
-
-def test_a_real_process_extracts_and_reports_errors_on_standard_error(here):
-    command = [Path(sys.executable).with_name("past-ray"), "skill", "extract", "v1.rl"]
-    done = subprocess.run([*command, "v1.sft", "-o", "out"], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith("wrote out: 7 tensors")
-    assert load_manifest("out").vector_hash == load_manifest("v1").vector_hash
-    failed = subprocess.run([*command, "nowhere", "-o", "other"], capture_output=True, text=True)
-    assert (failed.returncode, failed.stdout) == (1, "")
-    (line,) = failed.stderr.splitlines()
-    assert "Error: " in line
-    assert "nowhere" in line
-    assert not (here / "other").exists()
-
-
-def test_python_m_runs_it_too(here):
-    done = subprocess.run(
-        [sys.executable, "-m", "past_ray.cli", "skill", "verify", "v1"],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
-    )
-    assert done.stdout.startswith("ok: 7 tensors"), done.stderr
-
-
-def make_large_model(folder):
-    """Write a model of 8 GB of zeros that takes no space: a hole in a file."""
-    make_checkpoint(folder, {"model.embed_tokens.weight": torch.zeros(2, 2)})
-    shape = [1 << 16, 1 << 15]
-    size = 4 * shape[0] * shape[1]
-    entry = {"dtype": "F32", "shape": shape, "data_offsets": [0, size]}
-    header = json.dumps({"model.layers.0.mlp.up_proj.weight": entry}).encode()
-    header += b" " * (-len(header) % 8)
-    with (folder / "model.safetensors").open("wb") as file:
-        file.write(struct.pack("<Q", len(header)) + header)
-        file.truncate(8 + len(header) + size)
-
-
-def written_bytes(folder, known):
-    """Bytes of all files that are in none of the ``known`` folders."""
-    return sum(
-        file.stat().st_blocks * 512
-        for entry in folder.iterdir()
-        if entry.name not in known
-        for file in entry.rglob("*")
-    )
-
-
-def test_ctrl_c_in_the_middle_writes_nothing_and_says_so(tmp_path):
-    known = {"rl", "sft", "older"}
-    for role in ("rl", "sft"):
-        make_large_model(tmp_path / role)
-    make_skill(tmp_path / "older", seed=1, shapes=SMALL)
-    known |= {entry.name for entry in tmp_path.iterdir()}
-    before = contents(tmp_path / "older")
-    process = subprocess.Popen(
-        [*PROGRAM, "skill", "extract", "rl", "sft", "-o", "older", "--workers", "1"],
-        cwd=tmp_path,
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
-    )
-    try:
-        deadline = time.monotonic() + 60
-        while written_bytes(tmp_path, known) < 1 << 20:
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
-        interrupted = time.monotonic()
-        out, errors = process.communicate(timeout=30)
-    finally:
-        process.kill()
-    assert time.monotonic() - interrupted < 5
-    assert process.returncode == 130
-    assert out == ""
-    assert errors.strip().splitlines() == ["interrupted; what was not finished is not there"]
-    assert {entry.name for entry in tmp_path.iterdir()} == known
-    assert contents(tmp_path / "older") == before
-
-
-@pytest.mark.parametrize(
-    ("arguments", "unused"),
-    [
-        (("--density", "0.3"), "--density"),
-        (("--method", "ties", "--drop-rate", "0.5"), "--drop-rate"),
-        (("--method", "ties", "--seed", "1"), "--seed"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
-)
-def test_an_option_that_the_method_ignores_is_refused(arguments, unused, here):
-    assert f"does not use {unused}" in refused("combine", "v1", "v2", "-o", "x", *arguments)

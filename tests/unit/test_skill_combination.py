@@ -1,10 +1,10 @@
-import json
+"""Sums, TIES and DARE of dense vectors, and what their results say."""
 
 import numpy as np
 import pytest
 import torch
 
-from past_ray.errors import SkillVectorError, StorageError
+from past_ray.errors import SkillVectorError
 from past_ray.skill import (
     MergeRule,
     Provenance,
@@ -18,7 +18,14 @@ from past_ray.skill import (
 )
 from past_ray.skill.blocks import BLOCK
 from past_ray.skill.checkpoint import load_weights
-from tests.skill_folders import contents, make_checkpoint, nudged, random_tensors
+from tests.skill_folders import contents, nudged, random_tensors
+from tests.skill_ingredients import (
+    CUTS,
+    one_fixture,  # noqa: F401
+    sft_fixture,  # noqa: F401
+    two_fixture,  # noqa: F401
+    vector,
+)
 from tests.skill_models import (
     D1,
     Q0,
@@ -27,27 +34,11 @@ from tests.skill_models import (
     SMALL,
     WIDE,
     is_absent,
-    make_adapter,
-    make_model,
     make_skill,
     make_skill_of,
     same_bits,
     unruly,
 )
-
-CUTS = [(1, 1), (2, 1), (1, 5), (2, 4), (3, 3), (4, 2)]
-
-
-@pytest.fixture
-def one(tmp_path):
-    make_skill(tmp_path / "one", seed=1)
-    return tmp_path / "one"
-
-
-@pytest.fixture
-def two(tmp_path):
-    make_skill(tmp_path / "two", seed=2, by=0.02)
-    return tmp_path / "two"
 
 
 @pytest.fixture
@@ -56,34 +47,9 @@ def three(tmp_path):
     return tmp_path / "three"
 
 
-@pytest.fixture
-def sft(tmp_path):
-    return make_model(tmp_path / "sft", seed=0)
-
-
-def vector(folder):
-    return load_skill(folder).vector
-
-
 def flat(tensors):
     """All entries of a vector as one float32 array, in the order of the names."""
     return np.concatenate([tensors[name].reshape(-1).numpy() for name in sorted(tensors)])
-
-
-def adapter_skill(folder, sft, *names, **options):
-    """Write the skill folder of an adapter and return it with the dense deltas of its modules."""
-    make_adapter(folder.with_suffix(".peft"), *names, **options)
-    extract(folder.with_suffix(".peft"), sft, folder)
-    return folder
-
-
-def corrupt(folder, name):
-    """Change the last bit of the first entry of a stored vector's tensor."""
-    file = folder / "model.safetensors"
-    content = bytearray(file.read_bytes())
-    size = int.from_bytes(content[:8], "little")
-    content[8 + size + json.loads(content[8 : 8 + size])[name]["data_offsets"][0]] ^= 1
-    file.write_bytes(content)
 
 
 # Linear
@@ -335,132 +301,6 @@ def test_a_tensor_without_entries_goes_through(method, tmp_path):
     manifest = combine(skills, tmp_path / "out", rule=MergeRule(method=method))
     assert manifest.tensors["model.empty.weight"].norm == 0
     assert vector(tmp_path / "out")["model.empty.weight"].shape == (0, 4)
-
-
-# Adapters
-
-
-def test_a_sum_of_adapters_is_an_adapter_of_the_summed_deltas(sft, tmp_path):
-    a = adapter_skill(tmp_path / "a", sft, Q0, WIDE, seed=1, rank=3, scaling=0.5)
-    b = adapter_skill(tmp_path / "b", sft, Q0, D1, seed=2, rank=6, scaling=2.0)
-    manifest = combine([a, b], tmp_path / "sum", weights=[0.7, -1.5])
-    assert manifest.form == "lora"
-    assert (tmp_path / "sum" / "adapter_model.safetensors").exists()
-    found, left, right = vector(tmp_path / "sum"), vector(a), vector(b)
-    assert found.keys() == {Q0, D1, WIDE}
-    for name, tensor in found.items():
-        zero = torch.zeros(SHAPES[name], dtype=torch.float64)
-        expected = 0.7 * left.get(name, zero).double() - 1.5 * right.get(name, zero).double()
-        assert (tensor - expected).norm() < 1e-6 * expected.norm()
-    assert verify(tmp_path / "sum").num_tensors == 3
-
-
-def test_adapters_with_ties_or_dare_or_a_dense_vector_give_dense(one, sft, tmp_path):
-    a = adapter_skill(tmp_path / "a", sft, Q0, seed=1)
-    assert combine([a, one], tmp_path / "mixed", weights=[2, 1]).form == "dense"
-    expected, mixed = vector(one), vector(tmp_path / "mixed")
-    expected[Q0] = 2 * vector(a)[Q0] + expected[Q0]
-    assert mixed.keys() == expected.keys()
-    assert all(torch.equal(mixed[name], expected[name]) for name in mixed)
-    for method in ("ties", "dare"):
-        manifest = combine([a, a], tmp_path / method, rule=MergeRule(method=method))
-        assert (manifest.form, list(manifest.tensors)) == ("dense", [Q0])
-
-
-@pytest.mark.parametrize("method", ["linear", "ties", "dare"])
-def test_chunks_do_not_change_a_byte_of_a_mixture_with_an_adapter(method, one, sft, tmp_path):
-    a = adapter_skill(tmp_path / "a", sft, WIDE, seed=1, scaling=1.0)
-    found = []
-    for workers, chunk_blocks in CUTS:
-        settings = StreamSettings(workers=workers, chunk_blocks=chunk_blocks)
-        combine([one, a], tmp_path / "x", rule=MergeRule(method=method), settings=settings)
-        found.append(contents(tmp_path / "x"))
-    assert all(files == found[0] for files in found[1:])
-
-
-# What does not fit
-
-
-@pytest.mark.parametrize("weights", [[1.0], [1.0, 2.0, 3.0], []])
-def test_another_number_of_weights_is_refused(weights, one, two, tmp_path):
-    with pytest.raises(SkillVectorError, match=f"got {len(weights)} weights for 2 vectors"):
-        combine([one, two], tmp_path / "x", weights=weights)
-    assert is_absent(tmp_path / "x")
-
-
-def test_no_vectors_are_refused(tmp_path):
-    with pytest.raises(SkillVectorError, match="for 0 vectors"):
-        combine([], tmp_path / "x")
-
-
-@pytest.mark.parametrize("weight", [float("nan"), float("inf")])
-def test_a_weight_that_is_not_finite_is_named(weight, one, two, tmp_path):
-    """It must not be blamed on the vectors: "training diverged" sends the reader the wrong way."""
-    with pytest.raises(SkillVectorError, match="weights must be finite"):
-        combine([one, two], tmp_path / "x", weights=[1, weight])
-    assert is_absent(tmp_path / "x")
-
-
-def test_another_architecture_is_refused(one, tmp_path):
-    parents = [make_model(tmp_path / role, seed=5, model_type="other") for role in ("rl", "sft")]
-    extract(*parents, tmp_path / "other")
-    with pytest.raises(SkillVectorError, match="model_type is qwen2 and other"):
-        combine([one, tmp_path / "other"], tmp_path / "x")
-    assert is_absent(tmp_path / "x")
-
-
-def test_another_shape_is_refused_by_name(one, tmp_path):
-    weights = random_tensors(0, SHAPES) | {Q1: torch.ones(24, 17)}
-    make_skill_of(tmp_path / "other", rl=weights, sft=weights)
-    with pytest.raises(SkillVectorError, match=r"1\.self_attn\.q_proj\.weight \(24, 16\)"):
-        combine([one, tmp_path / "other"], tmp_path / "x")
-
-
-def with_base(tmp_path, name, *, seed):
-    """Write a skill vector whose manifest names its base."""
-    base = random_tensors(seed, SMALL)
-    weights = {"rl": nudged(base, seed=11), "sft": nudged(base, seed=12), "base": base}
-    rl, sft, origin = (make_checkpoint(tmp_path / f"{name} {x}", weights[x]) for x in weights)
-    extract(rl, sft, tmp_path / name, base=origin)
-    return tmp_path / name
-
-
-def test_recorded_bases_that_differ_are_refused(tmp_path):
-    a, b = with_base(tmp_path, "a", seed=1), with_base(tmp_path, "b", seed=2)
-    with pytest.raises(SkillVectorError, match="vectors must come from one base, got 2"):
-        combine([a, b], tmp_path / "x")
-    assert is_absent(tmp_path / "x")
-    combine([a, a], tmp_path / "same base")
-
-
-def test_unrelated_weights_are_refused_though_no_base_was_recorded(tmp_path):
-    """``inject`` finds this by the sketches, which both manifests hold; ``combine`` can as well."""
-    for name, seed in (("a", 1), ("b", 2)):
-        base = random_tensors(seed, SMALL)
-        make_skill_of(tmp_path / name, rl=nudged(base, seed=11), sft=base)
-    with pytest.raises(SkillVectorError, match="base"):
-        combine([tmp_path / "a", tmp_path / "b"], tmp_path / "x")
-
-
-@pytest.mark.parametrize("method", ["linear", "ties", "dare"])
-def test_a_damaged_vector_is_refused_by_name(method, one, two, tmp_path):
-    """The result's manifest says which vectors it was made of, so it must be made of those."""
-    corrupt(two, Q1)
-    with pytest.raises(SkillVectorError, match=Q1):
-        combine([one, two], tmp_path / "x", rule=MergeRule(method=method))
-    assert is_absent(tmp_path / "x")
-
-
-def test_the_result_must_not_replace_a_vector_it_is_made_of(one, two):
-    before = contents(one)
-    with pytest.raises(SkillVectorError, match="different folders"):
-        combine([one, two], one)
-    assert contents(one) == before
-
-
-def test_a_missing_vector_is_refused(one, tmp_path):
-    with pytest.raises((SkillVectorError, StorageError), match="nowhere"):
-        combine([one, tmp_path / "nowhere"], tmp_path / "x")
 
 
 # What the result says and does
