@@ -131,6 +131,9 @@ def _reason_against(
     lineage: Mapping[str, Any], weights: StoredWeights, manifest: SkillManifest
 ) -> str | None:
     recorded = lineage.get("base_hash")
+    # The base itself may record what it grew from; so may the parents.
+    if lineage.get("weights_hash", "") in (manifest.base_hash, manifest.sft_hash, manifest.rl_hash):
+        return None
     if recorded and manifest.base_hash:
         return None if recorded == manifest.base_hash else f"it records the base {recorded}"
     theirs = {n: v for n, v in manifest.base_sketch.items() if n in weights}

@@ -8,7 +8,7 @@ import torch
 
 from past_ray.errors import SkillVectorError
 from past_ray.skill import extract, inject, load_manifest
-from past_ray.skill.checkpoint import hash_weights, load_weights
+from past_ray.skill.checkpoint import hash_weights, load_weights, save_checkpoint
 from past_ray.skill.lineage import LEAST_BASE_COSINE, sketch
 from past_ray.skill.weights import open_weights
 from tests.skill_folders import (
@@ -196,3 +196,17 @@ def test_a_refused_target_leaves_nothing_behind(stranger, skill, tmp_path):
     before = names(tmp_path)
     refusal(stranger, skill, tmp_path / "adapted")
     assert names(tmp_path) == before
+
+
+def test_the_base_is_no_stranger_though_it_records_what_it_grew_from_itself(tmp_path):
+    shapes = {"model.layers.0.mlp.up_proj.weight": (8, 8)}
+    scratch = make_checkpoint(tmp_path / "scratch", random_tensors(0, shapes))
+    tensors = random_tensors(1, shapes)
+    save_checkpoint(
+        tmp_path / "base", tensors, like=scratch, lineage={"base_hash": hash_weights(scratch)}
+    )
+    make_checkpoint(tmp_path / "sft", nudged(tensors, 2))
+    make_checkpoint(tmp_path / "rl", nudged(tensors, 3))
+    extract(tmp_path / "rl", tmp_path / "sft", tmp_path / "skill", base=tmp_path / "base")
+    inject(tmp_path / "base", tmp_path / "skill", tmp_path / "pre-injected")
+    assert (tmp_path / "pre-injected" / "past_ray.json").exists()
