@@ -4,12 +4,13 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from past_ray.config.algorithm import AlgorithmConfig, CorrectionConfig, GRPOConfig, KLConfig
 from past_ray.config.base import StrictConfig
 from past_ray.config.sft import LoraConfig, Precision
 
 
 class RLConfig(StrictConfig):
-    """One synchronous GRPO run: how much to sample and what to minimise."""
+    """One GRPO run: how much to sample, how stale it may be, what to minimise."""
 
     num_steps: int = Field(default=48, ge=1)
     """Optimizer steps of one arm. Refinement rounds share them equally."""
@@ -35,23 +36,34 @@ class RLConfig(StrictConfig):
     max_new_tokens: int = Field(default=8, ge=1)
     """Tokens of one completion."""
 
-    clip_low: float = Field(default=0.2, gt=0, lt=1)
-    """Lower clip distance of the probability ratio."""
+    algorithm: AlgorithmConfig = GRPOConfig()
+    """What is minimised."""
 
-    clip_high: float = Field(default=0.2, gt=0)
-    """Upper clip distance; larger than ``clip_low`` is DAPO's clip-higher."""
+    advantage: Literal["rollout", "turn"] = "rollout"
+    """``rollout``: one advantage from the sum of a rollout's rewards. ``turn``: returns-to-go of
+    each turn, normalised within the group per turn index."""
 
-    scale_by_std: bool = True
-    """Divide advantages by the group's sample deviation (GRPO); False is Dr. GRPO."""
+    kl: KLConfig = KLConfig()
+    """Penalty towards a reference."""
 
-    kl_coefficient: float = Field(default=0.001, ge=0)
-    """Weight of the KL penalty towards the reference; 0 loads no reference."""
+    correction: CorrectionConfig = CorrectionConfig()
+    """Correction between generator and learner."""
 
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    """Estimator of the KL penalty (Schulman, http://joschu.net/blog/kl-approx.html)."""
+    entropy_coefficient: float = Field(default=0.0, ge=0)
+    """Weight of the entropy bonus."""
 
-    kl_reference: Literal["sft", "init"] = "sft"
-    """Reference weights of round k: theta_sft,k, or theta_init,k = theta_sft,k + v_(k-1)."""
+    max_staleness: int = Field(default=0, ge=0)
+    """Optimizer steps the learner may be ahead of the weights that sampled a rollout.
+
+    0 is exactly synchronous and, on CPU, reproducible bit for bit. At 1 and above the next steps'
+    rollouts are sampled while the learner works.
+    """
+
+    max_constant_steps: int = Field(default=20, ge=1)
+    """The run stops after this many steps in a row without a group whose rewards differ."""
+
+    reward_timeout_s: float = Field(default=60.0, gt=0)
+    """Longest wait for one reply of an environment; a rollout that exceeds it failed."""
 
     max_tokens_per_micro_batch: int = Field(default=8192, ge=1)
     """Padded tokens of one forward pass; the gradient does not depend on it."""
@@ -63,7 +75,7 @@ class RLConfig(StrictConfig):
     """Recompute activations in the backward pass to save memory."""
 
     lora: LoraConfig | None = None
-    """Train an adapter instead of all weights; it is merged for every weight sync."""
+    """Train an adapter instead of all weights."""
 
     checkpoint_every_steps: int = Field(default=10, ge=1)
     """A killed run loses at most this many steps."""

@@ -16,7 +16,7 @@ Position ``t`` of every per-token list describes ``token_ids[t]`` itself; the sh
 logits and tokens happens in ``rl/logprobs.py`` and nowhere else.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Literal
 
@@ -33,7 +33,8 @@ class RolloutStatus(StrEnum):
     """The generator returned no usable completion."""
 
     GRADING_ERROR = "grading_error"
-    """The reward function raised; excluded from its group, never scored 0."""
+    """The environment raised, hung or gave no finite reward; excluded from its group, never scored
+    0."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +68,11 @@ class Completion:
     """``stop``: ended by itself; ``length``: hit the limit; ``abort``: cut off."""
 
     policy_version: int
-    """Version of the weights that sampled it."""
+    """Version of the weights that sampled its first token, the oldest."""
+
+    token_versions: list[int] = field(default_factory=list[int])
+    """Version behind each token, where a weight sync came in between; empty if all are
+    ``policy_version``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +84,9 @@ class Turn:
 
     completion: Completion
     """What the policy answered."""
+
+    reward: float = 0.0
+    """What the environment gave for this answer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +103,7 @@ class Rollout:
     """Text of the last completion."""
 
     reward: float | None
-    """None unless ``status`` is COMPLETED."""
+    """Sum over its turns; None unless ``status`` is COMPLETED."""
 
     status: RolloutStatus
     """How it ended."""
@@ -105,6 +113,15 @@ class Rollout:
 
     error: str = ""
     """The error's text when it failed."""
+
+    reward_parts: dict[str, float] = field(default_factory=dict[str, float])
+    """What the reward is made of, summed over turns; empty if the environment names no parts."""
+
+    generation_s: float = 0.0
+    """Time spent waiting for completions."""
+
+    environment_s: float = 0.0
+    """Time spent waiting for the environment."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
