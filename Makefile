@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install demo demo-seeds demo-squad bench-skill check test lock clean
+.PHONY: help install demo demo-seeds demo-squad bench-skill bench-rl chaos check test test-gpu lock clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
@@ -43,6 +43,9 @@ BENCH_PIP := .venv-bench/bin/python -m pip install --quiet --disable-pip-version
 bench-skill: install .venv-bench/.installed  ## Injection against mergekit and a copy: runs/bench/skill.json
 	$(BIN)/python -m benchmarks.bench_skill
 
+chaos: install  ## kill -9 of random processes of a GRPO run: runs/chaos/report.json
+	$(BIN)/python -m benchmarks.chaos
+
 check: install  ## Lint, format, types and import contracts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -51,6 +54,9 @@ check: install  ## Lint, format, types and import contracts
 
 test: install  ## Unit, golden, Ray, vLLM and Serve tests on CPU
 	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-gpu: install  ## What needs a GPU; skips without one
+	$(BIN)/python -m pytest -m gpu tests/gpu
 
 lock: install  ## Pin what is installed
 	$(BIN)/python requirements/lock.py

@@ -8,6 +8,7 @@
     +-- SkillVectorError(ValueError)   checkpoints cannot be subtracted or added
     +-- StorageError(RuntimeError)     a file or folder could not be written or read
     +-- ClusterError(RuntimeError)     an actor, a placement or a transfer failed
+    |   +-- ActorLostError             a process died or stopped answering; its work is repeated
     +-- ParityError(RuntimeError)      generator and learner disagree after a weight sync
     +-- RolloutError                   recorded on the rollout; never ends a run
         +-- GenerationError
@@ -41,6 +42,10 @@ class StorageError(PastRayError, RuntimeError):
 
 class ClusterError(PastRayError, RuntimeError):
     """An actor, a placement or a transfer on the cluster failed."""
+
+
+class ActorLostError(ClusterError):
+    """A process died or stopped answering. Its unfinished work is repeated, not its blame."""
 
 
 class ParityError(PastRayError, RuntimeError):

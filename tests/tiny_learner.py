@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from past_ray.config.rl import RLConfig
 from past_ray.config.sft import LoraConfig
 from past_ray.engine.learner import GRPOLearner
-from past_ray.rl.batching import count_loss_tokens
+from past_ray.rl.objective import count_totals
 from past_ray.rl.types import TrainSample
 from tests.tiny_model import make_tiny_model
 
@@ -34,7 +34,7 @@ def other_checkpoint_fixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_learner(checkpoint: Path, *, resume_from: Path | None = None, **settings) -> GRPOLearner:
     """Load a learner whose gradients are not clipped, with a penalty only where settings say so."""
     reference = settings.pop("reference", None)
-    config = RLConfig(**{"kl_coefficient": 0.0, "max_grad_norm": 1e9, **settings})
+    config = RLConfig(**{"kl": {"coefficient": 0.0}, "max_grad_norm": 1e9, **settings})
     learner = GRPOLearner(config, device="cpu")
     learner.load(checkpoint, reference=reference, resume_from=resume_from)
     return learner
@@ -76,7 +76,7 @@ def on_policy(learner: GRPOLearner, samples: list[TrainSample]) -> list[TrainSam
 
 def step(learner: GRPOLearner, samples: list[TrainSample]) -> dict[str, float]:
     """Take a step on samples."""
-    return learner.train_step(samples, num_loss_tokens=count_loss_tokens(samples))
+    return learner.train_step(samples, totals=count_totals(samples, rollout_token_limit=8))
 
 
 def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor], *, atol: float) -> None:

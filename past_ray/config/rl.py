@@ -62,6 +62,9 @@ class RLConfig(StrictConfig):
     max_constant_steps: int = Field(default=20, ge=1)
     """The run stops after this many steps in a row without a group whose rewards differ."""
 
+    max_turns: int = Field(default=1, ge=1)
+    """A rollout whose environment is not done after this many turns failed."""
+
     reward_timeout_s: float = Field(default=60.0, gt=0)
     """Longest wait for one reply of an environment; a rollout that exceeds it failed."""
 

@@ -34,8 +34,33 @@ class GeneratorConfig(StrictConfig):
     enforce_eager: bool = True
     """Skip graph capture and compilation: starts faster, decodes slower on GPUs."""
 
-    weight_transfer: Literal["object_store", "nccl"] = "object_store"
-    """How new weights reach the engine: Ray's object store (any device) or vLLM's NCCL engine."""
+    weight_transfer: Literal["object_store", "nccl", "ipc"] = "object_store"
+    """How new weights reach the engine: Ray's object store (any device), vLLM's NCCL engine, or
+    CUDA IPC between a learner and a generator on the same GPU (``colocate``)."""
+
+    on_sync: Literal["finish", "resume"] = "finish"
+    """What becomes of completions in flight when new weights arrive. ``finish``: they end under
+    their version first. ``resume``: they are cut, keep their tokens, and go on with the new
+    weights; each token is tagged with the version that sampled it."""
+
+    sleep_between_steps: bool = False
+    """Free the generator's GPU memory while the learner on the same GPU trains (``colocate``)."""
+
+    @model_validator(mode="after")
+    def _check_backend(self) -> "GeneratorConfig":
+        if self.backend == "vllm":
+            return self
+        for name, default in (
+            ("weight_transfer", "object_store"),
+            ("on_sync", "finish"),
+            ("sleep_between_steps", False),
+        ):
+            if getattr(self, name) != default:
+                raise ValueError(
+                    f"{name}: {getattr(self, name)} needs backend: vllm, got {self.backend}. Leave "
+                    f"it at {default}."
+                )
+        return self
 
 
 class RuntimeConfig(StrictConfig):
@@ -90,6 +115,24 @@ class RuntimeConfig(StrictConfig):
     sync_timeout_s: float = Field(default=600.0, gt=0)
     """How long one weight sync may take in all."""
 
+    colocate: bool = False
+    """Learner i shares the GPU of generator i, half each; needs as many of one as of the other."""
+
+    heartbeat_interval_s: float = Field(default=2.0, gt=0)
+    """Time between two heartbeats of an RL actor."""
+
+    heartbeat_timeout_s: float = Field(default=60.0, gt=0)
+    """An RL actor that is silent for this long is ended and replaced."""
+
+    restart_backoff_s: float = Field(default=1.0, ge=0)
+    """Pause before the first restart of an RL actor; doubles with each further one in a row."""
+
+    max_restart_backoff_s: float = Field(default=60.0, ge=0)
+    """Longest such pause."""
+
+    max_restarts: int = Field(default=8, ge=0)
+    """Failed restarts in a row that end a run; for learners all restarts of a run count."""
+
     object_store_gib: float = Field(default=1.0, gt=0)
     """Object store of an own Ray (``address: local``), in GiB."""
 
@@ -99,13 +142,33 @@ class RuntimeConfig(StrictConfig):
     @model_validator(mode="after")
     def _check(self) -> "RuntimeConfig":
         generator = self.generator
+        if self.colocate and not (
+            self.use_gpu
+            and self.num_learners == self.num_generators
+            and generator.tensor_parallel_size == 1
+        ):
+            raise ValueError(
+                "colocate needs use_gpu: true, num_learners equal to num_generators and "
+                f"generator.tensor_parallel_size 1, got {self.use_gpu}, {self.num_learners}, "
+                f"{self.num_generators} and {generator.tensor_parallel_size}."
+            )
         if generator.weight_transfer == "nccl" and not self.use_gpu:
             raise ValueError(
                 "generator.weight_transfer nccl needs use_gpu: true, got false. Use object_store."
             )
-        if generator.weight_transfer == "nccl" and generator.backend != "vllm":
+        if generator.weight_transfer == "nccl" and self.colocate:
             raise ValueError(
-                f"generator.weight_transfer nccl needs generator.backend vllm, got "
-                f"{generator.backend}. Use object_store."
+                "generator.weight_transfer nccl needs a GPU for each process, got colocate: true. "
+                "Use ipc."
+            )
+        if generator.weight_transfer == "ipc" and not self.colocate:
+            raise ValueError(
+                "generator.weight_transfer ipc needs colocate: true (a learner and a generator on "
+                "each GPU), got false. Use nccl or object_store."
+            )
+        if generator.sleep_between_steps and not self.colocate:
+            raise ValueError(
+                "generator.sleep_between_steps needs colocate: true (on GPUs that a learner and a "
+                "generator share), got false. Without a shared GPU nobody uses the memory freed."
             )
         return self

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from past_ray.config.sft import LoraConfig
+from past_ray.rl.adapter_weights import AdapterWeights
 
 
 def add_adapter(model: PreTrainedModel, lora: LoraConfig, *, seed: int) -> nn.Module:
@@ -28,6 +29,24 @@ def add_adapter(model: PreTrainedModel, lora: LoraConfig, *, seed: int) -> nn.Mo
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return peft.get_peft_model(model, adapter)
+
+
+def adapter_weights(state: dict[str, Tensor], lora: LoraConfig) -> AdapterWeights:
+    """Return the adapter's factors out of the state of a PEFT model, under the names of its files.
+
+    Args:
+        state: Holds at least the adapter.
+        lora: Its size and place.
+    """
+    factors = {
+        name.replace(".default.", "."): value for name, value in state.items() if ".lora_" in name
+    }
+    return AdapterWeights(
+        tensors=factors,
+        rank=lora.rank,
+        alpha=lora.alpha,
+        target_modules=tuple(lora.target_modules),
+    )
 
 
 def merge_adapter(state: dict[str, Tensor], *, scaling: float) -> dict[str, Tensor]:

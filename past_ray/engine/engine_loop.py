@@ -2,16 +2,20 @@
 
 Callers only append to a queue and wait::
 
-    queue head    requests in flight    what the thread does
-    -----------   -------------------   --------------------------------------------
-    batch         any                   admits all of its requests, then steps
-    command       none                  runs it
-    command       some                  steps until none is left; admits nothing more
-    empty         some                  steps
-    empty         none                  waits for: complete, run_when_idle, close
+    queue head        requests in flight    what the thread does
+    ---------------   -------------------   -----------------------------------------------
+    batch             any                   admits all of its requests, then steps
+    command           none                  runs it
+    command, finish   some                  steps until none is left; admits nothing more
+    command, keep     some                  runs it between two steps
+    command, resume   some                  takes them out, runs it, admits what is left of each
+    empty             some                  steps
+    empty             none                  waits for: complete, run, close
 
-Batches of several callers are decoded together. A command never runs beside a request, so no
-completion is sampled by two sets of weights; batches that arrive behind a command wait for it.
+Batches of several callers are decoded together. Batches that arrive behind a command wait for it.
+
+A resumed request keeps its tokens and log-probabilities: they become part of the prompt, which is
+computed anew, so that the rest depends on the weights after the command alone.
 """
 
 import logging
@@ -20,12 +24,17 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
+from past_ray.engine.busy_clock import BusyClock
 from past_ray.errors import ClusterError, GenerationError
+from past_ray.rl.continuation import joined, remaining
 from past_ray.rl.types import Completion, SamplingParams
 
 logger = logging.getLogger(__name__)
+
+InFlight = Literal["finish", "keep", "resume"]
+"""What becomes of requests in flight when a command is due."""
 
 
 class SteppedEngine(Protocol):
@@ -33,6 +42,10 @@ class SteppedEngine(Protocol):
 
     def admit(self, request_id: str, prompt: list[int], sampling: SamplingParams) -> None:
         """Take one request; it is decoded from the next step on."""
+        ...
+
+    def take_out(self, request_id: str) -> Completion:
+        """Drop a request in flight and return what it has sampled, perhaps nothing."""
         ...
 
     def abort(self, request_ids: list[str]) -> None:
@@ -57,12 +70,28 @@ class _Batch:
     result: "Future[list[Completion]]"
     completions: dict[int, Completion] = field(default_factory=dict[int, Completion])
 
+    def finish(self, index: int, completion: Completion) -> None:
+        """Keep one completion; the last one answers the caller."""
+        self.completions[index] = completion
+        if len(self.completions) == len(self.prompts):
+            self.result.set_result([self.completions[i] for i in range(len(self.prompts))])
+
+
+@dataclass(slots=True, kw_only=True)
+class _Request:
+    """One prompt of a batch, and what it sampled before it was last taken out."""
+
+    batch: _Batch
+    index: int
+    spans: list[Completion] = field(default_factory=list[Completion])
+
 
 @dataclass(slots=True, kw_only=True)
 class _Command:
-    """Work that needs an idle engine."""
+    """Work for the engine's thread."""
 
     run: Callable[[], None]
+    in_flight: InFlight
     result: "Future[None]"
 
 
@@ -75,12 +104,18 @@ class EngineLoop:
         Raises:
             Exception: Whatever ``start_engine`` raised.
         """
+        self.clock = BusyClock()
+        """Requests in the engine, and the time with any."""
+
+        self.num_finished = 0
+        """Requests that ended."""
+
         self._queue: deque[_Batch | _Command] = deque()
         self._wakeup = threading.Condition()
         self._is_closed = False
         self._failure: BaseException | None = None
-        self._running: dict[str, tuple[_Batch, int]] = {}
-        self._num_requests = 0
+        self._running: dict[str, _Request] = {}
+        self._num_admitted = 0
         started: Future[None] = Future()
         self._thread = threading.Thread(
             target=self._main, args=(start_engine, started), name="engine-loop", daemon=True
@@ -103,16 +138,21 @@ class EngineLoop:
         self._append(batch)
         return batch.result.result()
 
-    def run_when_idle(self, run: Callable[[], None]) -> None:
-        """Wait until no request is in flight, then run a function in the engine's thread; blocks.
+    def run(self, command: Callable[[], None], *, in_flight: InFlight = "finish") -> None:
+        """Run a function in the engine's thread; blocks.
 
         A ``ClusterError`` that it raises reaches the caller and leaves the engine in use. Any other
         exception means that the engine's state is unknown: it reaches the caller as a
         ``ClusterError`` too, and the engine refuses everything from then on.
+
+        Args:
+            command: What to run.
+            in_flight: Whether requests in flight end before it, stay in the engine meanwhile, or
+                are taken out and resumed after it.
         """
-        command = _Command(run=run, result=Future())
-        self._append(command)
-        command.result.result()
+        queued = _Command(run=command, in_flight=in_flight, result=Future())
+        self._append(queued)
+        queued.result.result()
 
     def close(self) -> None:
         """Finish what was asked for, then free the engine. Safe to call again."""
@@ -157,67 +197,80 @@ class EngineLoop:
             if not self._queue and not self._running:
                 return False
             item = self._queue[0] if self._queue else None
-            if isinstance(item, _Command) and self._running:
+            if isinstance(item, _Command) and item.in_flight == "finish" and self._running:
                 item = None
             elif item is not None:
                 self._queue.popleft()
         if isinstance(item, _Batch):
-            self._admit(engine, item)
+            self._admit(engine, [_Request(batch=item, index=i) for i in range(len(item.prompts))])
         elif isinstance(item, _Command):
-            _run_command(item)
+            self._run_command(engine, item)
         if self._running:
             self._step(engine)
         return True
 
-    def _admit(self, engine: SteppedEngine, batch: _Batch) -> None:
-        """Hand all requests of a batch to the engine, or none of them."""
+    def _admit(self, engine: SteppedEngine, requests: Sequence[_Request]) -> None:
+        """Hand all requests, of one batch, to the engine, or none of them."""
         admitted: list[str] = []
         try:
-            for prompt, params in zip(batch.prompts, batch.sampling, strict=True):
-                request_id = str(self._num_requests)
-                self._num_requests += 1
-                self._running[request_id] = (batch, len(admitted))
+            for request in requests:
+                request_id = str(self._num_admitted)
+                self._num_admitted += 1
                 admitted.append(request_id)
-                engine.admit(request_id, prompt, params)
+                batch, index = request.batch, request.index
+                prompt, sampling = remaining(
+                    batch.prompts[index], batch.sampling[index], request.spans
+                )
+                engine.admit(request_id, prompt, sampling)
         except Exception as error:
             engine.abort(admitted)
-            for request_id in admitted:
-                del self._running[request_id]
-            batch.result.set_exception(
+            requests[0].batch.result.set_exception(
                 GenerationError(
-                    f"prompt {len(admitted) - 1} of {len(batch.prompts)} was refused: {error}"
+                    f"prompt {len(admitted) - 1} of {len(requests)} was refused: {error}"
                 )
             )
+        else:
+            self._running.update(zip(admitted, requests, strict=True))
+            self.clock.open(len(requests))
+
+    def _run_command(self, engine: SteppedEngine, command: _Command) -> None:
+        """Run a command; requests that it interrupts go on even if it is refused."""
+        interrupted: dict[int, list[_Request]] = {}
+        try:
+            if command.in_flight == "resume":
+                for request_id, request in self._running.items():
+                    request.spans.append(engine.take_out(request_id))
+                    interrupted.setdefault(id(request.batch), []).append(request)
+            command.run()
+        except ClusterError as error:
+            command.result.set_exception(error)
+        except BaseException as error:
+            command.result.set_exception(ClusterError(f"the engine failed: {error!r}"))
+            raise
+        else:
+            command.result.set_result(None)
+        if interrupted:
+            self.clock.close(len(self._running))
+            self._running.clear()
+            for requests in interrupted.values():
+                self._admit(engine, requests)
 
     def _step(self, engine: SteppedEngine) -> None:
         for request_id, completion in engine.step():
-            batch, index = self._running.pop(request_id)
-            batch.completions[index] = completion
-            if len(batch.completions) == len(batch.prompts):
-                batch.result.set_result(
-                    [batch.completions[position] for position in range(len(batch.prompts))]
-                )
+            request = self._running.pop(request_id)
+            self.num_finished += 1
+            self.clock.close()
+            request.batch.finish(request.index, joined([*request.spans, completion]))
 
     def _fail(self, error: BaseException) -> None:
         """Refuse all later calls and wake everybody who waits."""
         with self._wakeup:
             self._failure = error
-            waiting = [batch.result for batch, _ in self._running.values()]
+            waiting = [request.batch.result for request in self._running.values()]
             queued = [item.result for item in self._queue]
+            self.clock.close(len(self._running))
             self._running.clear()
             self._queue.clear()
         for result in (*waiting, *queued):
             if not result.done():
                 result.set_exception(ClusterError(f"the engine failed: {error!r}"))
-
-
-def _run_command(command: _Command) -> None:
-    try:
-        command.run()
-    except ClusterError as error:
-        command.result.set_exception(error)
-    except BaseException as error:
-        command.result.set_exception(ClusterError(f"the engine failed: {error!r}"))
-        raise
-    else:
-        command.result.set_result(None)

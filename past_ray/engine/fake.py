@@ -11,8 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from past_ray.engine.generator_checks import PromptLimits, check_prompts
+from past_ray.engine.busy_clock import BusyClock
+from past_ray.engine.generator_checks import PromptLimits, check_prompts, check_version
 from past_ray.errors import ClusterError
+from past_ray.rl.adapter_weights import AdapterWeights
+from past_ray.rl.generator_stats import GeneratorStats
+from past_ray.rl.objective import StepTotals
 from past_ray.rl.types import Completion, SamplingParams, TrainSample
 
 Respond = Callable[[list[int], SamplingParams], list[int]]
@@ -66,8 +70,16 @@ class FakeGenerator:
         self._policy_version = -1
         self._lock = threading.Lock()
         self._is_closed = False
+        self._clock = BusyClock()
+        self._num_requests = 0
         self.weights: dict[str, Tensor] = {}
         """The weights it was last given."""
+
+        self.adapter: AdapterWeights | None = None
+        """The adapter in use."""
+
+        self.is_asleep = False
+        """Between ``sleep`` and ``wake_up`` nothing is answered."""
 
     @property
     def policy_version(self) -> int:
@@ -86,17 +98,59 @@ class FakeGenerator:
         check_prompts(prompts, sampling, self._limits)
         with self._lock:
             self._check_open()
-            return [
-                self._completion(list(prompt), params)
-                for prompt, params in zip(prompts, sampling, strict=True)
-            ]
+            self._clock.open(len(prompts))
+            try:
+                return [
+                    self._completion(list(prompt), params)
+                    for prompt, params in zip(prompts, sampling, strict=True)
+                ]
+            finally:
+                self._clock.close(len(prompts))
+                self._num_requests += len(prompts)
 
     def update_weights(self, weights: Mapping[str, Tensor], policy_version: int) -> None:
         """Keep the weights and their version."""
         with self._lock:
             self._check_open()
-            self.weights = dict(weights)
+            self.weights, self.adapter = dict(weights), None
             self._policy_version = policy_version
+
+    def load_adapter(self, adapter: AdapterWeights, policy_version: int) -> None:
+        """Keep the adapter and its version."""
+        with self._lock:
+            self._check_open()
+            self.adapter = adapter
+            self._policy_version = policy_version
+
+    def probe(
+        self, prompts: Sequence[list[int]], sampling: Sequence[SamplingParams], policy_version: int
+    ) -> list[Completion]:
+        """Answer if the version is the one it was last given.
+
+        Raises:
+            ParityError: If it is not.
+        """
+        check_version(self._policy_version, policy_version)
+        return self.generate(prompts, sampling)
+
+    def stats(self) -> GeneratorStats:
+        """Return what it counted."""
+        return GeneratorStats(
+            policy_version=self._policy_version,
+            busy_s=self._clock.seconds,
+            num_requests=self._num_requests,
+            num_in_flight=self._clock.num_open,
+        )
+
+    def sleep(self) -> None:
+        """Answer nothing until it is woken up."""
+        with self._lock:
+            self.is_asleep = True
+
+    def wake_up(self) -> None:
+        """Answer again."""
+        with self._lock:
+            self.is_asleep = False
 
     def close(self) -> None:
         """Refuse all later calls."""
@@ -116,6 +170,8 @@ class FakeGenerator:
     def _check_open(self) -> None:
         if self._is_closed:
             raise ClusterError("the generator must be open; close() was called")
+        if self.is_asleep:
+            raise ClusterError("the generator must be awake; call wake_up() first")
 
 
 class FakeLearner:
@@ -134,19 +190,17 @@ class FakeLearner:
         """Steps taken."""
         return self._policy_version
 
-    def train_step(
-        self, samples: Sequence[TrainSample], *, num_loss_tokens: int
-    ) -> dict[str, float]:
-        """Add the advantages of all loss tokens, divided by ``num_loss_tokens``."""
+    def train_step(self, samples: Sequence[TrainSample], *, totals: StepTotals) -> dict[str, float]:
+        """Add the advantages of all loss tokens, divided by the number of such tokens."""
         total = sum(
             advantage
             for sample in samples
             for advantage, is_loss in zip(sample.advantages, sample.loss_mask, strict=True)
             if is_loss
         )
-        self._value += total / num_loss_tokens
+        self._value += total / totals.num_loss_tokens
         self._policy_version += 1
-        return {"loss": -total / num_loss_tokens}
+        return {"loss": -total / totals.num_loss_tokens}
 
     def token_logprobs(self, samples: Sequence[TrainSample]) -> list[list[float]]:
         """Return the generator's own log-probabilities."""
@@ -156,9 +210,14 @@ class FakeLearner:
         """Return the number as a tensor of one element."""
         return {FAKE_WEIGHT: torch.tensor([self._value], dtype=torch.float32)}
 
-    def save(self, folder: Path) -> None:
-        """Write the number and the version."""
+    def export_adapter(self) -> None:
+        """Return None: it trains no adapter."""
+
+    def save(self, folder: Path, *, extra_files: Mapping[str, bytes] | None = None) -> None:
+        """Write the number, the version and the caller's own files."""
         folder.mkdir(parents=True, exist_ok=True)
+        for name, content in (extra_files or {}).items():
+            (folder / name).write_bytes(content)
         state = {"value": self._value, "policy_version": self._policy_version}
         (folder / STATE_FILE).write_text(json.dumps(state))
 

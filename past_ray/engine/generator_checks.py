@@ -1,15 +1,19 @@
 """What every generator checks before it samples or takes new weights, whatever its engine."""
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from past_ray.errors import ClusterError, ConfigError, GenerationError
+from past_ray.errors import ClusterError, ConfigError, GenerationError, ParityError
 from past_ray.rl.types import SamplingParams
 
 MAX_NAMES_SHOWN = 8
 """Names listed in an error; a whole checkpoint would drown the message."""
+
+
+VOCABULARY_TENSORS = ("embed_tokens.weight", "lm_head.weight", "wte.weight")
+"""Ends of the names of the tensors that have one row per token."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +73,19 @@ def check_prompts(
             raise GenerationError(f"prompt {index} of {len(prompts)}: {error}")
 
 
+def check_version(found: int, expected: int) -> None:
+    """Check that a sync reached a generator.
+
+    Raises:
+        ParityError: Naming both versions.
+    """
+    if found != expected:
+        raise ParityError(
+            f"the generator must hold policy version {expected} after the sync, it holds {found}. "
+            "Its last sync did not reach it."
+        )
+
+
 def check_weight_names(given: Collection[str], expected: Collection[str]) -> None:
     """Refuse weights that would leave a parameter as it was, or that belong to another model.
 
@@ -88,6 +105,32 @@ def check_weight_names(given: Collection[str], expected: Collection[str]) -> Non
             f"a weight sync must only hold parameters of the generator's model; {len(unknown)} are "
             f"unknown to it: {_shown(unknown)}. Both sides must load the same checkpoint."
         )
+
+
+def check_weight_shapes(
+    given: Mapping[str, Sequence[int]], expected: Mapping[str, Sequence[int]]
+) -> None:
+    """Refuse weights of another size before any of them is loaded.
+
+    Args:
+        given: Shapes by name.
+        expected: What the generator's model has; names that are not in it are not checked.
+
+    Raises:
+        ClusterError: Naming both sizes; a vocabulary of another size is called that.
+    """
+    for name, shape in expected.items():
+        found = tuple(given[name])
+        if found == tuple(shape):
+            continue
+        is_vocabulary = found[1:] == tuple(shape)[1:] and name.endswith(VOCABULARY_TENSORS)
+        what = (
+            f"the vocabulary must have {shape[0]} tokens as the generator's does, the learner's "
+            f"has {found[0]} ({name})"
+            if is_vocabulary
+            else f"{name} must have shape {tuple(shape)}, the weight sync has {found}"
+        )
+        raise ClusterError(f"{what}. Both sides must load the same checkpoint.")
 
 
 def vocab_size(model_folder: Path) -> int:

@@ -6,8 +6,15 @@ from past_ray.config.runtime import GeneratorConfig
 from past_ray.rl.protocols import Generator
 
 
-def build_generator(config: GeneratorConfig, model_folder: Path) -> Generator:
+def build_generator(
+    config: GeneratorConfig, model_folder: Path, *, lora_rank: int | None = None
+) -> Generator:
     """Start the generator that ``config.backend`` names; never another one in its place.
+
+    Args:
+        config: Backend and its settings.
+        model_folder: Hugging Face folder.
+        lora_rank: Largest rank that ``load_adapter`` will be given; None for no adapters.
 
     Raises:
         ConfigError: If the backend is not installed or refuses the settings.
@@ -23,14 +30,4 @@ def build_generator(config: GeneratorConfig, model_folder: Path) -> Generator:
         )
     from past_ray.engine.vllm_generator import VLLMGenerator
 
-    return VLLMGenerator(
-        model_folder,
-        dtype=config.dtype,
-        max_model_len=config.max_model_len,
-        max_num_seqs=config.max_num_seqs,
-        kv_cache_gib=config.kv_cache_gib,
-        gpu_memory_frac=config.gpu_memory_frac,
-        tensor_parallel_size=config.tensor_parallel_size,
-        enforce_eager=config.enforce_eager,
-        weight_transfer=config.weight_transfer,
-    )
+    return VLLMGenerator(model_folder, config, lora_rank=lora_rank)

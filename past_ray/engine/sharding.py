@@ -33,6 +33,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
+ValueT = TypeVar("ValueT")
 
 COLLECTIVE_TIMEOUT_S = 1800.0
 """How long a rank waits for the others; rank 0 alone may be saving a large checkpoint."""
@@ -79,6 +80,15 @@ def sum_over_ranks(value: float) -> float:
 def max_over_ranks(value: float) -> float:
     """Return the largest of one number over all ranks."""
     return _reduce(value, dist.ReduceOp.MAX)
+
+
+def gather_over_ranks(value: ValueT) -> list[ValueT]:
+    """Return the value of every rank, in rank order."""
+    if get_world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def _reduce(value: float, operation: dist.ReduceOp.RedOpType) -> float:

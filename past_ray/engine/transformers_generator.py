@@ -17,14 +17,19 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from past_ray.engine.busy_clock import BusyClock
 from past_ray.engine.generator_checks import (
     PromptLimits,
     check_prompts,
+    check_version,
     check_weight_names,
+    check_weight_shapes,
     eos_token_ids,
     vocab_size,
 )
-from past_ray.errors import ClusterError
+from past_ray.errors import ClusterError, ConfigError
+from past_ray.rl.adapter_weights import AdapterWeights
+from past_ray.rl.generator_stats import GeneratorStats
 from past_ray.rl.types import Completion, SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -57,7 +62,10 @@ class TransformersGenerator:
         model: Any = AutoModelForCausalLM.from_pretrained(model_folder, dtype=getattr(torch, dtype))
         self._model: Any = model.to(self._device).eval()
         self._policy_version = -1
+        self._base: dict[str, Tensor] = {}
         self._lock = threading.Lock()
+        self._clock = BusyClock()
+        self._num_requests = 0
         self._is_closed = False
 
     @property
@@ -82,7 +90,13 @@ class TransformersGenerator:
             self._check_open()
             for start in range(0, len(prompts), self._max_num_seqs):
                 stop = start + self._max_num_seqs
-                completions += self._complete(prompts[start:stop], sampling[start:stop])
+                num_rows = len(prompts[start:stop])
+                self._clock.open(num_rows)
+                try:
+                    completions += self._complete(prompts[start:stop], sampling[start:stop])
+                finally:
+                    self._clock.close(num_rows)
+                self._num_requests += num_rows
         return completions
 
     def update_weights(self, weights: Mapping[str, Tensor], policy_version: int) -> None:
@@ -96,16 +110,64 @@ class TransformersGenerator:
             self._check_open()
             parameters: dict[str, Tensor] = dict(self._model.named_parameters())
             check_weight_names(weights, parameters)
-            for name, parameter in parameters.items():
-                if weights[name].shape != parameter.shape:
-                    raise ClusterError(
-                        f"{name} must have shape {tuple(parameter.shape)}, the weight sync has "
-                        f"{tuple(weights[name].shape)}. Both sides must load the same checkpoint."
-                    )
+            check_weight_shapes(
+                {name: weight.shape for name, weight in weights.items()},
+                {name: parameter.shape for name, parameter in parameters.items()},
+            )
             with torch.no_grad():
                 for name, parameter in parameters.items():
                     parameter.copy_(weights[name])
             self._policy_version = policy_version
+            self._base = {}
+
+    def load_adapter(self, adapter: AdapterWeights, policy_version: int) -> None:
+        """Merge an adapter into the weights that were last given in full.
+
+        Raises:
+            ClusterError: If the model has no such layer; the weights before stay in use.
+        """
+        with self._lock:
+            self._check_open()
+            parameters: dict[str, Tensor] = dict(self._model.named_parameters())
+            updates = adapter_updates(adapter)
+            if unknown := sorted(updates.keys() - parameters.keys()):
+                raise ClusterError(
+                    f"an adapter must be on layers of the model, which has no {unknown[0]}. Both "
+                    "sides must load the same checkpoint."
+                )
+            with torch.no_grad():
+                for name, update in updates.items():
+                    base = self._base.setdefault(name, parameters[name].clone())
+                    parameters[name].copy_(base + update.to(base.device))
+            self._policy_version = policy_version
+
+    def probe(
+        self, prompts: Sequence[list[int]], sampling: Sequence[SamplingParams], policy_version: int
+    ) -> list[Completion]:
+        """Complete fixed prompts right after a sync.
+
+        Raises:
+            ParityError: If the version is not the one of the sync.
+        """
+        check_version(self._policy_version, policy_version)
+        return self.generate(prompts, sampling)
+
+    def stats(self) -> GeneratorStats:
+        """Return counters, without waiting for the model."""
+        return GeneratorStats(
+            policy_version=self._policy_version,
+            busy_s=self._clock.seconds,
+            num_requests=self._num_requests,
+            num_in_flight=self._clock.num_open,
+        )
+
+    def sleep(self) -> None:
+        """Refuse: only vLLM can give its memory away."""
+        raise ConfigError("sleep_between_steps needs backend: vllm, got transformers")
+
+    def wake_up(self) -> None:
+        """Refuse, see ``sleep``."""
+        self.sleep()
 
     def close(self) -> None:
         """Free the model. Safe to call again."""
@@ -186,6 +248,18 @@ class _Row:
             finish_reason="stop" if self.finish_reason == "stop" else "length",
             policy_version=policy_version,
         )
+
+
+def adapter_updates(adapter: AdapterWeights) -> dict[str, Tensor]:
+    """Return ``alpha / rank * B A`` by the name of the weight that it is added to."""
+    updates: dict[str, Tensor] = {}
+    for name, down in adapter.tensors.items():
+        layer, is_down, _ = name.partition(".lora_A.")
+        if is_down:
+            up = adapter.tensors[name.replace(".lora_A.", ".lora_B.")]
+            plain = layer.removeprefix("base_model.model.")
+            updates[f"{plain}.weight"] = adapter.alpha / adapter.rank * (up.float() @ down.float())
+    return updates
 
 
 def _left_padded(prompts: Sequence[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from vllm.distributed.weight_transfer import (
     TrainerWeightTransferEngine,
     VLLMWeightSyncClient,
@@ -38,13 +38,18 @@ from vllm.model_executor.model_loader.reload import (
     initialize_layerwise_reload,
 )
 
-from past_ray.engine.generator_checks import check_weight_names, is_tied
+from past_ray.engine.direct_load import can_load_directly, load_directly, repack_tied_head
+from past_ray.engine.generator_checks import check_weight_names, check_weight_shapes, is_tied
+from past_ray.engine.weight_plan import (
+    TIED_HEAD,
+    checkpoint_shapes,
+    missed_weights,
+    remember_samples,
+    weight_places,
+)
 
 IN_PROCESS = "past_ray_in_process"
 """Name under which ``InProcessWeightTransferEngine`` is registered."""
-
-TIED_HEAD = "lm_head.weight"
-"""Name of the output head, which a checkpoint with tied embeddings does not hold."""
 
 
 @dataclass
@@ -63,8 +68,8 @@ class InProcessUpdateInfo(WeightTransferUpdateInfo):
 class InProcessWeightTransferEngine(WeightTransferEngine[InProcessInitInfo, InProcessUpdateInfo]):
     """Loads tensors of its own process, a whole checkpoint per update.
 
-    Names are checked before the model is touched, so a refused update leaves the old weights in
-    use. An error after that leaves a model that must not be sampled from.
+    Names and shapes are checked before the model is touched, so a refused update leaves the old
+    weights in use. An error after that leaves a model that must not be sampled from.
     """
 
     init_info_cls = InProcessInitInfo
@@ -76,6 +81,7 @@ class InProcessWeightTransferEngine(WeightTransferEngine[InProcessInitInfo, InPr
 
     def start_weight_update(self) -> None:
         """Do nothing yet: ``receive_weights`` checks the names first."""
+        self._is_reloading = False
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         """Load one checkpoint; waits for the accelerator only where there is one."""
@@ -84,68 +90,66 @@ class InProcessWeightTransferEngine(WeightTransferEngine[InProcessInitInfo, InPr
             torch.accelerator.synchronize()
 
     def receive_weights(self, update_info: InProcessUpdateInfo) -> None:
-        """Load ``update_info.weights`` through the model's own loaders.
+        """Load ``update_info.weights``.
 
         Raises:
-            ClusterError: If a parameter is missing from the update; the old weights stay in use.
+            ClusterError: If a parameter is missing from the update or has another shape; the old
+                weights stay in use.
             RuntimeError: If vLLM's loader left a parameter out; the model is then unusable.
         """
-        check_weight_names(update_info.weights, checkpoint_names(self.model))
-        own_names = _parameter_names(self.model)
+        weights, places = update_info.weights, weight_places(self.model)
+        check_weight_names(weights, places)
+        expected = checkpoint_shapes(places)
+        check_weight_shapes({name: weights[name].shape for name in expected}, expected)
+        if can_load_directly(self.model):
+            load_directly(self.model, weights, places)
+        else:
+            self._reload(weights)
+        remember_samples(self.model, weights)
+
+    def finish_weight_update(self) -> None:
+        """Repack what vLLM's loader loaded and put it into the tensors that the kernels use."""
+        if self._is_reloading:
+            finalize_layerwise_reload(self.model, self.model_config)
+            if self.device.type == "cpu" and is_tied(getattr(self.model, "config", None)):
+                repack_tied_head(self.model)
+
+    def shutdown(self) -> None:
+        """Nothing is held."""
+
+    def _reload(self, weights: Mapping[str, Tensor]) -> None:
+        """Load through the model's own loaders, which know every architecture."""
+        own_names = {name for name, _ in self.model.named_parameters()}
+        if is_tied(getattr(self.model, "config", None)):
+            own_names -= {TIED_HEAD}
         # Outside of a layerwise reload, loading fails on layers whose weights vLLM has repacked.
         initialize_layerwise_reload(self.model)
+        self._is_reloading = True
         model: Any = self.model
-        reached = model.load_weights(iter(update_info.weights.items()))
+        reached = model.load_weights(iter(weights.items()))
         if missed := sorted(own_names - set(reached)):
             raise RuntimeError(
                 f"vLLM must load every parameter of a weight sync; its loader left out {missed}. "
                 "This architecture cannot be synced; use backend=transformers."
             )
 
-    def finish_weight_update(self) -> None:
-        """Repack what was loaded and put it into the tensors that the kernels use."""
-        finalize_layerwise_reload(self.model, self.model_config)
-        if self.device.type == "cpu" and is_tied(getattr(self.model, "config", None)):
-            # On CPU the head multiplies by a repacked copy of its weights. A tied head is not in
-            # the checkpoint, so the reload renews the embedding and leaves that copy stale.
-            head: Any = self.model.lm_head
-            head.quant_method.process_weights_after_loading(head)
-
-    def shutdown(self) -> None:
-        """Nothing is held."""
-
 
 class WorkerExtension:
     """Methods added to vLLM's workers; reachable by ``collective_rpc``."""
 
-    def past_ray_checkpoint_names(self: Any) -> list[str]:
-        """Hugging Face names of every tensor that a full update must hold."""
-        return sorted(checkpoint_names(self.get_model()))
+    def past_ray_checkpoint_shapes(self: Any) -> dict[str, tuple[int, ...]]:
+        """Hugging Face name and shape of every tensor that a full update must hold."""
+        return checkpoint_shapes(weight_places(self.get_model()))
+
+    def past_ray_missed_weights(self: Any) -> list[str]:
+        """Names of the tensors of the last update that the model does not use."""
+        return missed_weights(self.get_model())
 
 
 @functools.cache
 def register() -> None:
     """Make ``past_ray_in_process`` known to this process; safe to call again."""
     WeightTransferEngineFactory.register_engine(IN_PROCESS, InProcessWeightTransferEngine)
-
-
-def checkpoint_names(model: nn.Module) -> set[str]:
-    """Hugging Face names of a vLLM model's parameters.
-
-    vLLM fuses some projections into one parameter: ``qkv_proj`` is ``q_proj``, ``k_proj`` and
-    ``v_proj`` in a checkpoint, and all three are listed.
-    """
-    packed: Mapping[str, list[str]] = getattr(model, "packed_modules_mapping", {})
-    names: set[str] = set()
-    for name in _parameter_names(model):
-        parts = name.split(".")
-        index = next((i for i, part in enumerate(parts) if part in packed), None)
-        if index is None:
-            names.add(name)
-        else:
-            for part in packed[parts[index]]:
-                names.add(".".join([*parts[:index], part, *parts[index + 1 :]]))
-    return names
 
 
 class StateDictSource(WeightSource):
@@ -197,8 +201,3 @@ def open_nccl_sender(
         client=client,
         source=source,
     )
-
-
-def _parameter_names(model: nn.Module) -> set[str]:
-    names = {name for name, _ in model.named_parameters()}
-    return names - {TIED_HEAD} if is_tied(getattr(model, "config", None)) else names

@@ -7,6 +7,7 @@ from typing import Any
 
 from past_ray.errors import DataError
 from past_ray.rl.types import Rollout, SamplingParams
+from past_ray.runtime.rollout_worker import GroupTask, RolloutPlan
 from past_ray.runtime.session import RLSession
 from past_ray.tasks.examples import QAExample
 from past_ray.tasks.statistics import bootstrap_ci
@@ -21,6 +22,7 @@ async def evaluate(
     *,
     max_new_tokens: int,
     correct_at: float,
+    grading_timeout_s: float,
     num_bootstrap: int,
     kind_of: Callable[[str], str],
 ) -> dict[str, Any]:
@@ -31,6 +33,7 @@ async def evaluate(
         examples: Held-out questions.
         max_new_tokens: Token cap of an answer.
         correct_at: An answer is correct when its grade reaches this.
+        grading_timeout_s: Longest wait for one grade.
         num_bootstrap: Resamples behind the confidence interval.
         kind_of: Names the kind of a question by its id.
 
@@ -40,11 +43,13 @@ async def evaluate(
         failed to generate counts as wrong; a grader that fails raises.
     """
     groups = await session.collect(
-        examples,
-        group_size=1,
-        sampling=SamplingParams(temperature=0.0, max_new_tokens=max_new_tokens),
-        step=0,
-        seed=0,
+        [GroupTask(group_id=f"0/{e.question_id}", example=e) for e in examples],
+        RolloutPlan(
+            group_size=1,
+            sampling=SamplingParams(temperature=0.0, max_new_tokens=max_new_tokens),
+            seed=0,
+            env_timeout_s=grading_timeout_s,
+        ),
     )
     rollouts = [group.rollouts[0] for group in groups]
     broken = [rollout for rollout in rollouts if rollout.status == "grading_error"]

@@ -9,12 +9,14 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from past_ray.config.experiment import ExperimentConfig
+from past_ray.envs.closed_book_qa import ClosedBookQA
 from past_ray.errors import ConfigError
 from past_ray.pipelines.base_model import cached_base, prepare_base
 from past_ray.pipelines.data import (
@@ -28,8 +30,9 @@ from past_ray.pipelines.data import (
 from past_ray.pipelines.evaluation import evaluate
 from past_ray.pipelines.progress import ProgressDisplay
 from past_ray.pipelines.stages import RunDirectory, StageResult
+from past_ray.runtime.checkpoints import checkpoint_folder
 from past_ray.runtime.cluster import cluster_supply
-from past_ray.runtime.controller import RLRun, checkpoint_folder, train_grpo
+from past_ray.runtime.controller import RLRun, train_grpo
 from past_ray.runtime.placement import fits_together
 from past_ray.runtime.rollout_worker import chat_codec
 from past_ray.runtime.session import RLSession
@@ -41,6 +44,7 @@ from past_ray.skill.checkpoint import load_weights, save_checkpoint
 from past_ray.skill.manifest import hash_files
 from past_ray.storage import read_jsonl
 from past_ray.tasks.examples import QAExample
+from past_ray.tasks.grading import GRADERS
 
 logger = logging.getLogger(__name__)
 
@@ -275,7 +279,7 @@ class Laboratory(AbstractContextManager["Laboratory"]):
                 self.config.runtime,
                 self.config.rl,
                 model_folder=self.model("base"),
-                reward=self.config.task.reward,
+                make_env=partial(ClosedBookQA, grade=GRADERS[self.config.task.reward]),
             )
             self._session = session
             self._runner.run(session.open())
@@ -304,6 +308,7 @@ class Laboratory(AbstractContextManager["Laboratory"]):
             examples,
             max_new_tokens=config.max_new_tokens,
             correct_at=config.correct_at,
+            grading_timeout_s=self.config.rl.reward_timeout_s,
             num_bootstrap=config.num_bootstrap,
             kind_of=lambda question_id: question_kind(self.config.task, question_id),
         )

@@ -101,7 +101,7 @@ def _skill(lab: Laboratory) -> Iterator[Stage]:
     yield lab.rl(
         "rl_source_2",
         init="init_source_2",
-        reference="sft_source_2" if config.rl.kl_reference == "sft" else "init_source_2",
+        reference="sft_source_2" if config.rl.kl.reference == "sft" else "init_source_2",
         domain="source_2",
         num_steps=config.steps_per_round,
     )

@@ -1,97 +1,73 @@
-"""From groups of rollouts to padded micro-batches; owns the loss mask.
+"""From groups of rollouts to training samples, shared among ranks; owns the loss mask.
 
-``groups -> build_train_samples -> split_over_ranks -> micro_batches -> learner``
+``groups -> build_train_samples -> count_totals -> split_over_ranks -> learner``
 
 Masks come from lengths alone, never from token values: the padding id may be the end-of-sequence
-id, which trains. Padding is on the right, where causal attention cannot see it.
-
-Shapes: B = sequences, T = token positions.
+id, which trains.
 """
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
+from past_ray.config.algorithm import DAPOConfig, DrGRPOConfig
+from past_ray.config.rl import RLConfig
 from past_ray.errors import DataError
-from past_ray.rl.advantages import constant_groups, group_advantages
-from past_ray.rl.types import Rollout, RolloutGroup, RolloutStatus, TrainSample
-
-PADDING_ID = 0
-"""Any valid id does; nothing reads what is under the mask."""
+from past_ray.rl.advantages import group_advantages, turn_advantages
+from past_ray.rl.reward_shaping import overlong_penalty
+from past_ray.rl.types import Rollout, RolloutGroup, RolloutStatus, TrainSample, Turn
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MicroBatch:
-    """Samples of one forward pass, padded on the right.
-
-    Two samples of 3 and 2 tokens, the last token of each sampled::
-
-        token_ids       [[4, 5, 7], [4, 2, 0]]
-        attention_mask  [[1, 1, 1], [1, 1, 0]]
-        loss_mask       [[F, F, T], [F, T, F]]
-        indices         [0, 3]
-    """
-
-    token_ids: Tensor  # [B, T]
-    """Padded with ``PADDING_ID``."""
-
-    attention_mask: Tensor  # [B, T]
-    """1 on tokens, 0 on padding."""
-
-    loss_mask: Tensor  # [B, T]
-    """True on sampled tokens."""
-
-    generator_logprobs: Tensor  # [B, T]
-    """0 where ``loss_mask`` is False."""
-
-    advantages: Tensor  # [B, T]
-    """0 where ``loss_mask`` is False."""
-
-    indices: list[int]
-    """Place of each row in the sequence of samples that was batched; empty for a filler."""
-
-    first_loss_position: int
-    """No token before it trains in any row; T if none trains at all."""
-
-
-def build_train_samples(
-    groups: Sequence[RolloutGroup], *, scale_by_std: bool, keep_constant_groups: bool
-) -> list[TrainSample]:
+def build_train_samples(groups: Sequence[RolloutGroup], *, rl: RLConfig) -> list[TrainSample]:
     """Turn the completed rollouts of each group into samples, with group-relative advantages.
 
     Rollouts that failed are left out before the baseline is taken. A completion that hit its
     length limit trains like any other: its reward decides. A completed rollout without a sampled
     token counts for the baseline and gives no sample.
 
-    A group whose rewards are all equal has advantage 0 everywhere. Dropped, it is missing from
-    ``count_loss_tokens`` too, which then counts only tokens that carry a gradient. With a KL
-    penalty it must be kept, because the penalty still acts on it.
+    A group in which nothing differs has advantage 0 everywhere. It is dropped, and is then missing
+    from the step's denominators too, which count only tokens that carry a gradient; unless there is
+    a KL penalty or an entropy bonus, which still act on it.
 
     Args:
         groups: Finished groups.
-        scale_by_std: As in ``group_advantages``.
-        keep_constant_groups: Set it when the KL coefficient is above 0.
+        rl: Names the estimator of advantages, the shaping of rewards and the penalties.
 
     Raises:
-        DataError: If a rollout lacks its reward, its prompt or log-probabilities.
+        DataError: If a rollout lacks its reward, its prompt or log-probabilities, or if turns are
+            compared and their rewards do not add up to the rollout's.
     """
+    keeps_constant = rl.kl.coefficient > 0 or rl.entropy_coefficient > 0
     samples: list[TrainSample] = []
     for group in groups:
-        completed = [r for r in group.rollouts if r.status is RolloutStatus.COMPLETED]
-        rewards = torch.tensor([_reward(rollout) for rollout in completed], dtype=torch.float64)
-        if not completed or (not keep_constant_groups and bool(constant_groups(rewards))):
+        completed = _completed(group)
+        advantages = _advantages(completed, rl)
+        if not keeps_constant and _is_zero(advantages):
             continue
-        advantages = group_advantages(rewards, scale_by_std=scale_by_std).tolist()
-        for rollout, advantage in zip(completed, advantages, strict=True):
-            if any(turn.completion.token_ids for turn in rollout.turns):
-                samples.append(build_train_sample(rollout, advantage=advantage))
+        samples += [
+            build_train_sample(rollout, advantages=row)
+            for rollout, row in zip(completed, advantages, strict=True)
+            if any(turn.completion.token_ids for turn in rollout.turns)
+        ]
     return samples
 
 
-def build_train_sample(rollout: Rollout, *, advantage: float) -> TrainSample:
+def is_constant_group(group: RolloutGroup, *, rl: RLConfig) -> bool:
+    """Return whether nothing that is compared differs, so that the policy cannot learn from it.
+
+    Compared are shaped rewards (or returns, per turn), as exact numbers. A group with fewer than
+    two completed rollouts is constant.
+    """
+    return _is_zero(_advantages(_completed(group), rl))
+
+
+def build_train_sample(rollout: Rollout, *, advantages: Sequence[float]) -> TrainSample:
     """Lay out all turns of a rollout as one sequence, with the very ids that were sampled.
+
+    Args:
+        rollout: At least one turn.
+        advantages: One per turn, given to each of its sampled tokens.
 
     Raises:
         DataError: If the first turn has no prompt, or log-probabilities are missing.
@@ -104,7 +80,8 @@ def build_train_sample(rollout: Rollout, *, advantage: float) -> TrainSample:
     token_ids: list[int] = []
     loss_mask: list[bool] = []
     generator_logprobs: list[float] = []
-    for turn in rollout.turns:
+    token_advantages: list[float] = []
+    for turn, advantage in zip(rollout.turns, advantages, strict=True):
         completion = turn.completion
         if len(completion.token_ids) != len(completion.logprobs):
             raise DataError(
@@ -116,96 +93,88 @@ def build_train_sample(rollout: Rollout, *, advantage: float) -> TrainSample:
         token_ids += [*turn.prompt_ids, *completion.token_ids]
         loss_mask += [False] * num_prompt + [True] * num_sampled
         generator_logprobs += [0.0] * num_prompt + completion.logprobs
+        token_advantages += [0.0] * num_prompt + [advantage] * num_sampled
     return TrainSample(
         token_ids=token_ids,
         loss_mask=loss_mask,
         generator_logprobs=generator_logprobs,
-        advantages=[advantage if is_sampled else 0.0 for is_sampled in loss_mask],
+        advantages=token_advantages,
     )
-
-
-def count_loss_tokens(samples: Sequence[TrainSample]) -> int:
-    """Return the tokens that train: the denominator of every loss of the step."""
-    return sum(sum(sample.loss_mask) for sample in samples)
 
 
 def split_over_ranks(samples: Sequence[TrainSample], num_ranks: int) -> list[list[TrainSample]]:
     """Share samples among ranks so that their token counts are about equal.
 
     Longest first, each to the rank with the fewest tokens so far; within a rank the given order
-    is kept. A rank may stay empty. The learner evens out the number of micro-batches.
+    is kept. A rank may stay empty: the learner evens out the number of passes.
     """
     shares: list[list[int]] = [[] for _ in range(num_ranks)]
     loads = [0] * num_ranks
-    for index in _longest_first(samples):
+    longest_first = sorted(range(len(samples)), key=lambda i: (-len(samples[i].token_ids), i))
+    for index in longest_first:
         rank = loads.index(min(loads))
         shares[rank].append(index)
         loads[rank] += len(samples[index].token_ids)
     return [[samples[index] for index in sorted(share)] for share in shares]
 
 
-def micro_batches(samples: Sequence[TrainSample], *, max_tokens: int) -> list[MicroBatch]:
-    """Pad samples of similar length together, at most ``max_tokens`` padded tokens a batch.
-
-    Longest first, so that a run which lacks memory fails in its first pass. A sample longer than
-    the budget gets a micro-batch of its own.
-    """
-    batches: list[MicroBatch] = []
-    rows: list[int] = []
-    for index in _longest_first(samples):
-        if rows and (len(rows) + 1) * len(samples[rows[0]].token_ids) > max_tokens:
-            batches.append(_pad(samples, rows))
-            rows = []
-        rows.append(index)
-    if rows:
-        batches.append(_pad(samples, rows))
-    return batches
+def _completed(group: RolloutGroup) -> list[Rollout]:
+    return [r for r in group.rollouts if r.status is RolloutStatus.COMPLETED]
 
 
-def filler_micro_batch() -> MicroBatch:
-    """Return a micro-batch without loss tokens, for a rank that has less work than the others.
+def _advantages(completed: Sequence[Rollout], rl: RLConfig) -> list[list[float]]:
+    """Return one advantage per turn of each rollout."""
+    if not completed:
+        return []
+    scale_by_std = not isinstance(rl.algorithm, DrGRPOConfig)
+    penalties = [_turn_penalties(rollout, rl) for rollout in completed]
+    if rl.advantage == "turn":
+        shaped = [
+            [turn.reward + penalty for turn, penalty in zip(_graded_turns(r), row, strict=True)]
+            for r, row in zip(completed, penalties, strict=True)
+        ]
+        return turn_advantages(shaped, scale_by_std=scale_by_std)
+    totals = [math.fsum([_reward(r), *row]) for r, row in zip(completed, penalties, strict=True)]
+    compared = torch.tensor(totals, dtype=torch.float64)
+    advantages = group_advantages(compared, scale_by_std=scale_by_std).tolist()
+    return [[a] * len(r.turns) for a, r in zip(advantages, completed, strict=True)]
 
-    Every rank must run the same number of forward passes, or sharded layers wait forever.
-    """
-    return MicroBatch(
-        token_ids=torch.full((1, 2), PADDING_ID),
-        attention_mask=torch.ones(1, 2, dtype=torch.long),
-        loss_mask=torch.zeros(1, 2, dtype=torch.bool),
-        generator_logprobs=torch.zeros(1, 2),
-        advantages=torch.zeros(1, 2),
-        indices=[],
-        first_loss_position=2,
-    )
+
+def _is_zero(advantages: Sequence[Sequence[float]]) -> bool:
+    return not any(advantage for row in advantages for advantage in row)
+
+
+def _turn_penalties(rollout: Rollout, rl: RLConfig) -> list[float]:
+    """Return what each turn loses by its length."""
+    overlong = rl.algorithm.overlong if isinstance(rl.algorithm, DAPOConfig) else None
+    if overlong is None:
+        return [0.0] * len(rollout.turns)
+    return [
+        overlong_penalty(
+            len(turn.completion.token_ids),
+            max_new_tokens=rl.max_new_tokens,
+            buffer_tokens=overlong.buffer_tokens,
+            penalty=overlong.penalty,
+        )
+        for turn in rollout.turns
+    ]
 
 
 def _reward(rollout: Rollout) -> float:
-    if rollout.reward is None:
+    if rollout.reward is None or not math.isfinite(rollout.reward):
         raise DataError(
-            f"rollout {rollout.rollout_id!r} must have a reward because its status is "
-            f"{rollout.status.value!r}, found None. Mark it as failed or grade it."
+            f"rollout {rollout.rollout_id!r} must have a finite reward because its status is "
+            f"{rollout.status.value!r}, found {rollout.reward}. Mark it as failed or grade it."
         )
     return rollout.reward
 
 
-def _longest_first(samples: Sequence[TrainSample]) -> list[int]:
-    return sorted(range(len(samples)), key=lambda index: (-len(samples[index].token_ids), index))
-
-
-def _pad(samples: Sequence[TrainSample], indices: list[int]) -> MicroBatch:
-    rows = [samples[index] for index in indices]
-    length = max(len(row.token_ids) for row in rows)
-    first_positions = [row.loss_mask.index(True) for row in rows if any(row.loss_mask)]
-    lengths = torch.tensor([len(row.token_ids) for row in rows])
-    return MicroBatch(
-        token_ids=_stack([row.token_ids for row in rows], length, torch.long),
-        attention_mask=(torch.arange(length) < lengths.unsqueeze(1)).long(),
-        loss_mask=_stack([row.loss_mask for row in rows], length, torch.bool),
-        generator_logprobs=_stack([row.generator_logprobs for row in rows], length, torch.float32),
-        advantages=_stack([row.advantages for row in rows], length, torch.float32),
-        indices=list(indices),
-        first_loss_position=min(first_positions, default=length),
-    )
-
-
-def _stack(rows: Sequence[Sequence[float]], length: int, dtype: torch.dtype) -> Tensor:
-    return torch.tensor([[*row, *[PADDING_ID] * (length - len(row))] for row in rows], dtype=dtype)
+def _graded_turns(rollout: Rollout) -> list[Turn]:
+    """Return the turns, whose rewards must make up the rollout's."""
+    total = math.fsum(turn.reward for turn in rollout.turns)
+    if not math.isclose(total, _reward(rollout), rel_tol=1e-6, abs_tol=1e-6):
+        raise DataError(
+            f"rewards of the turns of rollout {rollout.rollout_id!r} must add up to its reward "
+            f"{rollout.reward}, found {total}. Give rewards per turn, or set rl.advantage=rollout."
+        )
+    return rollout.turns

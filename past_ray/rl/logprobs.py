@@ -1,48 +1,92 @@
-"""From logits to log-probabilities: the one place that shifts by one and divides by temperature.
+"""From logits to log-probabilities: the one place that divides by temperature.
 
-Logits at position ``t`` predict token ``t + 1``. Everything returned here is aligned with the
-tokens: position ``t`` describes ``token_ids[:, t]``, and position 0, which nothing predicts, is 0.
+Row ``i`` of the logits predicts token ``i``; whoever lays out the rows shifts them by one
+(``engine/packing.py``).
 
-Shapes: B = sequences, T = token positions, V = vocabulary.
+Shapes: n = tokens, V = vocabulary.
 """
+
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.autograd.function import once_differentiable
 
-ENTROPY_CHUNK = 128
-"""Positions whose full distribution is held at once."""
+CHUNK_ROWS = 128
+"""Rows whose full distribution is held in float32 at once."""
+
+LOWEST = torch.finfo(torch.float32).min
+"""Stands for -inf, the logit of a masked token, where it is multiplied by a probability of 0."""
 
 
-def token_logprobs(logits: Tensor, token_ids: Tensor, *, temperature: float) -> Tensor:
-    """Return ``[B, T]`` log-probabilities of the tokens under ``softmax(logits / temperature)``.
+def chosen_logprobs(
+    logits: Tensor, token_ids: Tensor, *, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Return log-probabilities of tokens and entropies of their distributions, both ``[n]``.
 
-    Computed in float32 whatever the logits are in; differentiable.
+    ``log p = z_token - logsumexp(z)`` and ``H = logsumexp(z) - sum_v softmax(z)_v z_v`` with
+    ``z = logits / temperature``, in nats and in float32 whatever the logits are in. Both are
+    differentiable.
+
+    Besides ``logits`` no tensor of ``[n, V]`` ever exists: the backward pass writes the gradient
+    over the logits, which must have no other use and allow one backward pass.
 
     Args:
-        logits: ``[B, T, V]`` output of the model for ``token_ids``.
-        token_ids: ``[B, T]``.
+        logits: ``[n, V]``; overwritten by the backward pass.
+        token_ids: ``[n]``.
         temperature: The temperature the tokens were sampled at, above 0.
     """
-    scaled = logits[:, :-1].float() / temperature
-    chosen = scaled.gather(-1, token_ids[:, 1:].unsqueeze(-1)).squeeze(-1)
-    return pad(chosen - scaled.logsumexp(dim=-1), (1, 0))
+    return cast("tuple[Tensor, Tensor]", _ChosenLogprobs.apply(logits, token_ids, temperature))
 
 
-def token_entropy(logits: Tensor, *, temperature: float) -> Tensor:
-    """Return ``[B, T]`` entropies, in nats, of the distribution each token was drawn from.
+class _ChosenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401
+        logits, token_ids, temperature = args
+        normalizer, chosen, entropy = torch.empty(3, logits.shape[0], device=logits.device)
+        for part in _chunks(logits):
+            normalizer[part], chosen[part], entropy[part] = _describe(
+                logits[part].float() / temperature, token_ids[part]
+            )
+        ctx.temperature = temperature
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(logits, token_ids, normalizer, entropy)
+        return chosen - normalizer, entropy
 
-    ``H = logsumexp(z) - sum_v softmax(z)_v z_v`` with ``z = logits / temperature``. Computed in
-    chunks of positions, so the memory is that of ``ENTROPY_CHUNK`` positions.
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any,  # noqa: ANN401
+        *grads: Tensor | None,
+    ) -> tuple[Tensor, None, None]:
+        logits, token_ids, normalizer, entropy = ctx.saved_tensors
+        grad_chosen, grad_entropy = (torch.zeros_like(entropy) if g is None else g for g in grads)
+        has_bonus = grads[1] is not None
+        for part in _chunks(logits):
+            scaled = logits[part].float() / ctx.temperature
+            logprobs = scaled.sub_(normalizer[part].unsqueeze(-1))
+            factor = grad_chosen[part].unsqueeze(-1)
+            slope = -factor
+            if has_bonus:
+                surprise = logprobs.clamp_min(LOWEST) + entropy[part].unsqueeze(-1)
+                slope = slope - grad_entropy[part].unsqueeze(-1) * surprise
+            # d log p / d z_v = [v is the token] - p_v;  d H / d z_v = -p_v (log p_v + H)
+            gradient = logprobs.exp_().mul_(slope)
+            gradient.scatter_add_(-1, token_ids[part].unsqueeze(-1), factor)
+            logits[part] = gradient.div_(ctx.temperature)
+        return logits, None, None
 
-    Args:
-        logits: ``[B, T, V]``.
-        temperature: As in ``token_logprobs``.
-    """
-    chunks: list[Tensor] = []
-    for chunk in logits[:, :-1].split(ENTROPY_CHUNK, dim=1):
-        logprobs = torch.log_softmax(chunk.float() / temperature, dim=-1)
-        # A token that was masked with -inf has probability 0 and adds nothing.
-        weighted = torch.where(logprobs.isinf(), 0.0, logprobs.exp() * logprobs)
-        chunks.append(-weighted.sum(dim=-1))
-    return pad(torch.cat(chunks, dim=1), (1, 0))
+
+def _chunks(logits: Tensor) -> list[slice]:
+    return [slice(row, row + CHUNK_ROWS) for row in range(0, logits.shape[0], CHUNK_ROWS)]
+
+
+def _describe(scaled: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return logsumexp, the token's own logit and the entropy of each row."""
+    top = scaled.amax(dim=-1, keepdim=True)
+    weights = (scaled - top).exp_()
+    total = weights.sum(dim=-1)
+    normalizer = total.log() + top.squeeze(-1)
+    chosen = scaled.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)
+    mean = torch.linalg.vecdot(weights, scaled.clamp_min(LOWEST)) / total
+    return normalizer, chosen, normalizer - mean

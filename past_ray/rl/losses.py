@@ -1,178 +1,150 @@
-"""Policy losses and KL penalties: pure functions from tensors to ``(loss, metrics)``.
+"""Policy losses: what one token costs, and how tokens are averaged.
 
-Shapes: B = sequences, T = token positions. Position ``t`` holds the token that ``logprobs[:, t]``
-scores, so nothing here shifts.
+Shapes: B = sequences, T = token positions; one row is one rollout. Position ``t`` holds the token
+that ``logprobs[:, t]`` scores, so nothing here shifts. Outside the loss mask all inputs are 0
+(``rl.objective.rl_loss`` sees to it), and so are all terms.
 
-Every loss divides a *sum* by ``num_loss_tokens``, the count over the whole optimizer step (all
-micro-batches, all ranks). Micro-batches then add up to the full-batch loss exactly.
+``anchor_logprobs`` are those of the policy in the denominator of the ratio
+``w_t = exp(logprobs_t - anchor_logprobs_t)``. Each ``*_terms`` returns the terms ``[B, T]`` and a
+bool ``[B, T]`` of tokens that the bound acted on.
 
-Metrics are detached and merge over micro-batches and ranks with ``rl.metrics.merge_metrics``:
-those named ``*_max`` by the largest, all others by their sum.
+Each ``*_mean`` divides a *sum* by counts of the whole optimizer step (all micro-batches, all
+ranks), so that micro-batches add up.
 """
-
-from collections.abc import Callable
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-MAX_LOG_RATIO = 20.0
-"""|log ratio| is clamped here before exp(); exp(20) is 5e8, past any useful clip."""
+from past_ray.rl.corrections import MAX_LOG_RATIO
 
 
-def token_mean(values: Tensor, *, loss_mask: Tensor, num_loss_tokens: int) -> Tensor:
-    """Return the sum of ``values`` on loss tokens divided by ``num_loss_tokens``.
-
-    Args:
-        values: ``[B, T]``; what stands under a False mask is ignored, NaN included.
-        loss_mask: ``[B, T]`` bool.
-        num_loss_tokens: Loss tokens in the whole optimizer step, at least 1.
-    """
-    return torch.where(loss_mask, values, 0.0).sum() / num_loss_tokens
-
-
-def ppo_clip_loss(
+def clipped_terms(
     logprobs: Tensor,
     *,
-    generator_logprobs: Tensor,
+    anchor_logprobs: Tensor,
     advantages: Tensor,
-    loss_mask: Tensor,
-    num_loss_tokens: int,
     clip_low: float,
     clip_high: float,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Clipped surrogate, token level.
-
-    ``L = -(1/N) sum_t min(w_t A_t, clip(w_t, 1 - clip_low, 1 + clip_high) A_t)`` with
-    ``w_t = exp(logprobs_t - generator_logprobs_t)`` and ``N = num_loss_tokens``.
-
-    Args:
-        logprobs: ``[B, T]`` log-probabilities under the policy being trained; carries grad.
-        generator_logprobs: ``[B, T]`` log-probabilities the generator sampled with.
-        advantages: ``[B, T]`` the rollout's advantage on each of its tokens.
-        loss_mask: ``[B, T]`` bool, True on sampled tokens, False on prompts, replies, padding.
-        num_loss_tokens: Loss tokens in the whole optimizer step, at least 1.
-        clip_low: Lower clip distance.
-        clip_high: Upper clip distance; larger than ``clip_low`` is clip-higher.
-
-    Returns:
-        The scalar loss and the metrics ``policy_loss``, ``ratio_mean``, ``ratio_max``,
-        ``clip_frac`` (tokens whose gradient the clip removed) and ``generator_kl`` (k3 estimate of
-        the divergence from the generator, in nats).
-
-    Reference:
-        PPO https://arxiv.org/abs/1707.06347 eq. 7; clip-higher and token-level normalisation from
-        DAPO https://arxiv.org/abs/2503.14476 eq. 8.
-
-    Differs from the paper:
-        The old policy is the generator itself, with the log-probabilities it reported, not a
-        second forward pass of the learner.
-    """
-    log_ratio = torch.where(loss_mask, logprobs - generator_logprobs, 0.0)
-    advantages = torch.where(loss_mask, advantages, 0.0)
-    ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
-    unclipped = ratio * advantages
-    clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
-
-    def mean(values: Tensor) -> Tensor:
-        return token_mean(values, loss_mask=loss_mask, num_loss_tokens=num_loss_tokens)
-
-    loss = mean(-torch.minimum(unclipped, clipped))
-    with torch.no_grad():
-        metrics = {
-            "policy_loss": loss.detach(),
-            "ratio_mean": mean(ratio),
-            "ratio_max": torch.where(loss_mask, ratio, 0.0).amax(),
-            "clip_frac": mean((clipped < unclipped).to(ratio.dtype)),
-            "generator_kl": mean(kl_k3(-log_ratio, torch.zeros_like(log_ratio))),
-        }
-    return loss, metrics
-
-
-def kl_k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """Return ``log(p / q)`` per token for ``KL(p || q)``: unbiased, may be negative.
-
-    As a loss its gradient is 0 on average, because the mean score of a distribution is 0: it
-    reports the divergence but does not shrink it.
-
-    Args:
-        logprobs: ``[B, T]`` of the policy p that sampled the tokens.
-        ref_logprobs: ``[B, T]`` of the reference q.
-
-    Reference:
-        http://joschu.net/blog/kl-approx.html
-    """
-    return logprobs - ref_logprobs
-
-
-def kl_k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """Return ``(log(p / q))^2 / 2`` per token: biased as a value, low variance.
-
-    As a loss its mean gradient is that of ``KL(p || q)``. Arguments as in ``kl_k1``.
-
-    Reference:
-        http://joschu.net/blog/kl-approx.html
-    """
-    return 0.5 * (logprobs - ref_logprobs) ** 2
-
-
-def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """Return ``q / p - 1 - log(q / p)`` per token: unbiased and never negative.
-
-    As a loss its mean gradient is that of the forward divergence ``KL(q || p)``. Arguments as in
-    ``kl_k1``.
-
-    Reference:
-        http://joschu.net/blog/kl-approx.html; GRPO https://arxiv.org/abs/2402.03300 eq. 4.
-    """
-    log_ratio = ref_logprobs - logprobs
-    # expm1 keeps the digits that exp() - 1 loses near equality, where training spends its time.
-    return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).expm1() - log_ratio
-
-
-KL_ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "k1": kl_k1,
-    "k2": kl_k2,
-    "k3": kl_k3,
-}
-"""Per-token estimators by the name that the configuration uses."""
-
-
-def kl_penalty(
-    logprobs: Tensor,
-    *,
-    ref_logprobs: Tensor,
-    loss_mask: Tensor,
-    num_loss_tokens: int,
-    estimator: Literal["k1", "k2", "k3"],
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return ``(1/N) sum_t k(logprobs_t, ref_logprobs_t)``, to be weighted and added to a loss.
+) -> tuple[Tensor, Tensor]:
+    """Return ``-min(w_t A_t, clip(w_t, 1 - clip_low, 1 + clip_high) A_t)``: GRPO, Dr. GRPO, DAPO.
 
     Args:
         logprobs: ``[B, T]`` of the policy being trained; carries grad.
-        ref_logprobs: ``[B, T]`` of the frozen reference.
-        loss_mask: ``[B, T]`` bool.
-        num_loss_tokens: Loss tokens in the whole optimizer step, at least 1.
-        estimator: Which of ``KL_ESTIMATORS``.
-
-    Returns:
-        The scalar penalty and the metric ``ref_kl``: the k3 estimate, whatever is minimised.
+        anchor_logprobs: ``[B, T]``, without grad.
+        advantages: ``[B, T]``.
+        clip_low: Lower clip distance.
+        clip_high: Upper clip distance; larger than ``clip_low`` is clip-higher.
 
     Reference:
-        GRPO https://arxiv.org/abs/2402.03300 eq. 3 and 4.
-
-    Differs from the paper:
-        Token mean over the optimizer step instead of a mean of per-rollout means, as in
-        ``ppo_clip_loss``. Neither applies an importance weight to the penalty.
+        PPO https://arxiv.org/abs/1707.06347 eq. 7; GRPO https://arxiv.org/abs/2402.03300 eq. 3;
+        clip-higher DAPO https://arxiv.org/abs/2503.14476 eq. 8.
     """
-    # Masked before the estimator: a NaN behind torch.where would still reach the gradient.
-    policy = torch.where(loss_mask, logprobs, 0.0)
-    reference = torch.where(loss_mask, ref_logprobs, 0.0)
+    return _clip(
+        logprobs - anchor_logprobs, advantages=advantages, clip_low=clip_low, clip_high=clip_high
+    )
 
-    def mean(values: Tensor) -> Tensor:
-        return token_mean(values, loss_mask=loss_mask, num_loss_tokens=num_loss_tokens)
 
-    penalty = mean(KL_ESTIMATORS[estimator](policy, reference))
-    with torch.no_grad():
-        metrics = {"ref_kl": mean(kl_k3(policy, reference))}
-    return penalty, metrics
+def sequence_clipped_terms(
+    logprobs: Tensor,
+    *,
+    anchor_logprobs: Tensor,
+    advantages: Tensor,
+    loss_mask: Tensor,
+    clip_low: float,
+    clip_high: float,
+) -> tuple[Tensor, Tensor]:
+    """Return the clipped terms of GSPO, whose ratio is one for all tokens of a rollout.
+
+    ``s = exp(mean_t log w_t)`` in value; its gradient on token t is that of ``s log p_t``. The mean
+    of the terms over a rollout has the gradient of ``min(s A, clip(s) A)``, and advantages may
+    differ by token.
+
+    Args:
+        logprobs: ``[B, T]`` of the policy being trained; carries grad.
+        anchor_logprobs: ``[B, T]``, without grad.
+        advantages: ``[B, T]``.
+        loss_mask: ``[B, T]`` bool.
+        clip_low: Lower clip distance.
+        clip_high: Upper clip distance.
+
+    Reference:
+        GSPO https://arxiv.org/abs/2507.18071 eq. 5 to 7; per token, GSPO-token, eq. 13 and 14.
+    """
+    current = logprobs.detach()
+    count = loss_mask.sum(dim=1, keepdim=True).clamp(min=1)
+    mean = (current - anchor_logprobs).sum(dim=1, keepdim=True) / count
+    return _clip(
+        torch.where(loss_mask, mean, 0.0) + (logprobs - current),
+        advantages=advantages,
+        clip_low=clip_low,
+        clip_high=clip_high,
+    )
+
+
+def cispo_terms(
+    logprobs: Tensor, *, anchor_logprobs: Tensor, advantages: Tensor, max_ratio: float
+) -> tuple[Tensor, Tensor]:
+    """Return ``-min(w_t, max_ratio) A_t log p_t`` with the weight detached: CISPO.
+
+    A token beyond the bound keeps its gradient, only its weight is held.
+
+    Args:
+        logprobs: ``[B, T]`` of the policy being trained; carries grad.
+        anchor_logprobs: ``[B, T]``, without grad.
+        advantages: ``[B, T]``.
+        max_ratio: Upper bound of the weight.
+
+    Reference:
+        MiniMax-M1 https://arxiv.org/abs/2506.13585 eq. 4 and 5, without a lower bound as there.
+    """
+    log_ratio = logprobs.detach() - anchor_logprobs
+    ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    return -ratio.clamp(max=max_ratio) * advantages * logprobs, ratio > max_ratio
+
+
+def token_mean(terms: Tensor, num_loss_tokens: int) -> Tensor:
+    """Return the sum of ``terms`` divided by the step's loss tokens: all tokens weigh the same.
+
+    Reference:
+        DAPO https://arxiv.org/abs/2503.14476 section 3.3; verl's default for GRPO.
+    """
+    return terms.sum() / num_loss_tokens
+
+
+def rollout_mean(terms: Tensor, *, loss_mask: Tensor, num_rollouts: int) -> Tensor:
+    """Return the mean over rollouts of each one's mean over its tokens.
+
+    Args:
+        terms: ``[B, T]``.
+        loss_mask: ``[B, T]`` bool; a row without a True adds nothing.
+        num_rollouts: Rollouts with a loss token in the whole optimizer step.
+
+    Reference:
+        GRPO https://arxiv.org/abs/2402.03300 eq. 3; GSPO https://arxiv.org/abs/2507.18071 eq. 5.
+    """
+    return (terms.sum(dim=1) / loss_mask.sum(dim=1).clamp(min=1)).sum() / num_rollouts
+
+
+def constant_mean(terms: Tensor, *, num_rollouts: int, rollout_token_limit: int) -> Tensor:
+    """Return the sum of ``terms`` over ``num_rollouts * rollout_token_limit``.
+
+    No length is divided by, so a long wrong answer is not punished less per token than a short one.
+
+    Args:
+        terms: ``[B, T]``.
+        num_rollouts: Rollouts with a loss token in the whole optimizer step.
+        rollout_token_limit: Tokens that one completion may have.
+
+    Reference:
+        Dr. GRPO https://arxiv.org/abs/2503.20783 section 3.2 and listing 1.
+    """
+    return terms.sum() / (num_rollouts * rollout_token_limit)
+
+
+def _clip(
+    log_ratio: Tensor, *, advantages: Tensor, clip_low: float, clip_high: float
+) -> tuple[Tensor, Tensor]:
+    ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    unclipped = ratio * advantages
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
+    return -torch.minimum(unclipped, clipped), clipped < unclipped

@@ -59,6 +59,31 @@ def rollout_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
     }
 
 
+def staleness_metrics(groups: Sequence[RolloutGroup], *, learner_version: int) -> dict[str, float]:
+    """Return how old the completed rollouts of a step are, in optimizer steps.
+
+    Args:
+        groups: All groups of the step.
+        learner_version: Optimizer steps the learner had taken before it trains on them.
+
+    Returns:
+        ``staleness_mean``, ``staleness_max`` and the histogram: ``staleness_0``, ``staleness_1``
+        and so on count rollouts by the age of their first token.
+    """
+    ages = [
+        learner_version - rollout.policy_version
+        for group in groups
+        for rollout in group.rollouts
+        if rollout.status is RolloutStatus.COMPLETED
+    ]
+    histogram = {f"staleness_{age}": float(ages.count(age)) for age in sorted(set(ages))}
+    return {
+        "staleness_mean": _mean(ages),
+        "staleness_max": float(max(ages, default=0)),
+        **histogram,
+    }
+
+
 def _has_constant_reward(group: RolloutGroup) -> bool:
     completed = [r.reward for r in group.rollouts if r.status is RolloutStatus.COMPLETED]
     return len(set(completed)) <= 1

@@ -74,6 +74,9 @@ class Completion:
     """Version behind each token, where a weight sync came in between; empty if all are
     ``policy_version``."""
 
+    num_cached_tokens: int = field(default=0, compare=False)
+    """Prompt tokens that the engine did not compute, but took from its prefix cache."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Turn:

@@ -1,42 +1,59 @@
-"""The RL loop, synchronous: sample, train, sync, repeat.
+"""The RL loop: sample, train, sync, repeat; the next steps' rollouts are sampled meanwhile.
 
 ::
 
-            +---------------- step k ----------------+
-    examples -> collect -> groups -> samples -> train_step -> sync_weights(k + 1) -> step k + 1
-                   |                                 |               |
-            RolloutWorker[n]                  LearnerActor[r]  GeneratorActor[k]
+              +----------------------- step k -------------------------+
+    examples -> start(k .. k + max_staleness) -> groups of k -> train_step -> sync(k + 1) -> k + 1
+                   |                                                |             |
+            RolloutWorker[n]                                LearnerActor[r]  GeneratorActor[g]
 
-    who             consumes                    waits for                    unblocked by
-    RolloutWorker   the step's examples         weights of version k         sync_weights(k)
-    GeneratorActor  prompts                     requests                     any RolloutWorker
-    LearnerActor    samples of all groups       the step's last group        collect
-    controller      metrics, parity gap         the slowest generator        sync_weights(k + 1)
+    who             consumes                  waits for                     unblocked by
+    StepSampler     questions of step k       version k - max_staleness     sync(k - max_staleness)
+    GeneratorActor  prompts                   requests; a sync in progress  any RolloutWorker
+    LearnerActor    samples of all groups     the step's last group         StepSampler
+    controller      metrics, parity gap       the slowest generator         sync(k + 1)
 
-Nothing runs ahead, so staleness is 0 by construction; it is checked all the same, because a
-generator that missed a sync looks like nothing else. The loop is a function of its arguments:
-continued from a checkpoint it gives the same weights as without the interruption.
+The staleness rule: the groups of step k are begun when the generators hold version
+``k - max_staleness`` or a later one, and they train at version k. So no rollout is older than
+``max_staleness``, nothing has to be thrown away to keep the bound, and nobody can wait in a circle:
+step k waits for a version that was synced before it began. The bound is checked all the same,
+because a generator that missed a sync looks like nothing else.
+
+With ``max_staleness`` 0 nothing runs ahead and the loop is a function of its arguments: continued
+from a checkpoint, or after any process was lost, it gives the same weights bit for bit (on CPU).
 """
 
+import asyncio
 import json
-import shutil
+import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from past_ray.config.rl import RLConfig
-from past_ray.errors import ClusterError, DataError
 from past_ray.rl.batching import build_train_samples
-from past_ray.rl.metrics import rollout_metrics
-from past_ray.rl.staleness import split_by_staleness
-from past_ray.rl.types import RolloutGroup, SamplingParams
+from past_ray.rl.metrics import rollout_metrics, staleness_metrics
+from past_ray.rl.rollout_table import write_rollouts
+from past_ray.rl.types import RolloutGroup
+from past_ray.runtime.checkpoints import CheckpointStore, checkpoint_folder
+from past_ray.runtime.learner_group import LearnersLostError
+from past_ray.runtime.preemption import PreemptionNotice
+from past_ray.runtime.run_state import read_buffer, write_buffer
 from past_ray.runtime.session import RLSession
-from past_ray.sft.schedule import example_order
-from past_ray.storage import append_jsonl, read_jsonl, write_text
+from past_ray.runtime.step_checks import SpreadWatch, check_failures, stopped_on_request
+from past_ray.runtime.step_sampler import SampledStep, StepSampler
+from past_ray.runtime.weight_sync import SyncResult
+from past_ray.storage import append_jsonl, read_jsonl, write_json, write_text
 from past_ray.tasks.examples import QAExample
 
+logger = logging.getLogger(__name__)
+
 OnStep = Callable[[dict[str, float]], None]
+
+METRICS_FILE = "metrics.jsonl"
+RUN_FILE = "rl.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +67,7 @@ class RLRun:
     """Weights the KL penalty pulls towards."""
 
     work_dir: Path
-    """Holds ``metrics.jsonl`` and the checkpoints ``step-000012``."""
+    """Holds ``rl.json``, ``metrics.jsonl``, ``rollouts/`` and the checkpoints ``step-000012``."""
 
     seed: int
     """Seed of the order of questions and of sampling."""
@@ -70,6 +87,9 @@ async def train_grpo(
 ) -> Path:
     """Train for ``rl.num_steps`` and return the folder of the last checkpoint.
 
+    Continues from the newest valid checkpoint in ``run.work_dir``, also when learners are lost on
+    the way.
+
     Args:
         session: Open actors.
         run: Start, references and folders.
@@ -79,103 +99,188 @@ async def train_grpo(
         on_step: Called with the metrics of every step.
 
     Raises:
-        ClusterError: If too many rollouts of a step failed, or a sync did not arrive.
+        ClusterError: If too many rollouts of a step failed, a sync did not arrive, or processes
+            were lost too often.
         ParityError: If generator and learner disagree after a sync.
+        DataError: If one step wants more questions than there are, or no reward ever differs.
+        PastRayError: If the run was told to stop; it saved a checkpoint before.
     """
-    if len(examples) < rl.prompts_per_step:
-        raise DataError(
-            f"rl.prompts_per_step must not exceed the questions, got {rl.prompts_per_step} over "
-            f"{len(examples)} questions. Lower rl.prompts_per_step."
+    loop = _Loop(session, run, rl, examples=examples, probe=probe, on_step=on_step)
+    _write_run_file(run, rl)
+    async with PreemptionNotice() as notice:
+        while True:
+            try:
+                await loop.train(notice)
+            except LearnersLostError as error:
+                logger.warning("%s; going back to the last checkpoint", error)
+                await session.restart_learners()
+            else:
+                return checkpoint_folder(run.work_dir, rl.num_steps)
+
+
+class _Loop:
+    """One run; ``train`` may be entered again after learners were lost."""
+
+    def __init__(
+        self,
+        session: RLSession,
+        run: RLRun,
+        rl: RLConfig,
+        *,
+        examples: Sequence[QAExample],
+        probe: Sequence[list[int]],
+        on_step: OnStep,
+    ) -> None:
+        self._session = session
+        self._run = run
+        self._rl = rl
+        self._probe = probe
+        self._on_step = on_step
+        self._store = CheckpointStore(run.work_dir, keep={*run.keep_steps, rl.num_steps})
+        self._sampler = StepSampler(session, rl, examples=examples, seed=run.seed)
+        self._spread = SpreadWatch(max_steps=rl.max_constant_steps)
+
+    async def train(self, notice: PreemptionNotice) -> None:
+        """Load, then step by step until the end."""
+        rl, session, sampler = self._rl, self._session, self._sampler
+        first_step = await self._load()
+        try:
+            await session.sync_weights(first_step, probe=self._probe)
+            for step in range(first_step, rl.num_steps):
+                clock = _Clock(await session.generator_busy_s())
+                for ahead in range(step, min(step + rl.max_staleness + 1, rl.num_steps)):
+                    sampler.start(ahead)
+                sampled = await self._groups(step, notice)
+                groups = await sampler.fresh(step, sampled.groups)
+                clock.lap("generation_seconds")
+                check_failures(groups, step, max_frac=rl.max_rollout_error_frac)
+                self._spread.add(groups, step)
+                metrics = await session.train_step(build_train_samples(groups, rl=rl))
+                sampler.drop(step)
+                clock.lap("learner_seconds")
+                sync = await session.sync_weights(step + 1, probe=self._probe)
+                clock.lap("sync_wait_seconds")
+                row = self._row(step, groups, sampled, metrics, sync)
+                row |= clock.shares(await session.generator_busy_s())
+                row["tokens_per_s"] = row["num_tokens"] / row["seconds"]
+                await self._write(step, groups, row, notice)
+        finally:
+            sampler.cancel()
+
+    async def _groups(self, step: int, notice: PreemptionNotice) -> SampledStep:
+        """Wait for a step's groups; a notice meanwhile is answered without waiting for them."""
+        ready = asyncio.ensure_future(self._sampler.ready(step))
+        while not ready.done():
+            given = asyncio.ensure_future(notice.given.wait())
+            await asyncio.wait({ready, given}, return_when=asyncio.FIRST_COMPLETED)
+            given.cancel()
+            if notice.given.is_set():
+                await self._save(step, notice)
+        return ready.result()
+
+    async def _write(
+        self,
+        step: int,
+        groups: Sequence[RolloutGroup],
+        row: dict[str, float],
+        notice: PreemptionNotice,
+    ) -> None:
+        """Rollouts, then the row, then the checkpoint: a step that counts has all three."""
+        await asyncio.to_thread(write_rollouts, self._run.work_dir, step + 1, groups)
+        append_jsonl(self._run.work_dir / METRICS_FILE, row)
+        is_kept = step + 1 in {*self._run.keep_steps, self._rl.num_steps}
+        if (step + 1) % self._rl.checkpoint_every_steps == 0 or is_kept or notice.given.is_set():
+            await self._save(step + 1, notice)
+        self._on_step(row)
+
+    async def _save(self, step: int, notice: PreemptionNotice) -> None:
+        """Write a checkpoint with the groups that were sampled ahead, unless it exists."""
+        folder = checkpoint_folder(self._run.work_dir, step)
+        if step > 0 and not folder.exists():
+            buffer = write_buffer(self._sampler.finished_ahead)
+            await self._session.save_learners(folder, extra_files=buffer)
+            await asyncio.to_thread(self._store.accept, step)
+        notice.answered()
+        if notice.must_stop:
+            raise stopped_on_request(step)
+
+    async def _load(self) -> int:
+        """Load the newest checkpoint, or the start, and forget the metrics of steps beyond it."""
+        run = self._run
+        newest = await asyncio.to_thread(self._store.newest_valid)
+        log = run.work_dir / METRICS_FILE
+        rows = [row for row in read_jsonl(log) if row["step"] <= newest]
+        write_text(log, "".join(json.dumps(row) + "\n" for row in rows))
+        folder = checkpoint_folder(run.work_dir, newest) if newest else None
+        step = await self._session.load_learners(
+            run.init_folder,
+            reference=run.reference_folder if self._rl.kl.coefficient > 0 else None,
+            resume_from=folder,
         )
-    order = example_order(
-        len(examples), num_steps=rl.num_steps, batch_size=rl.prompts_per_step, seed=run.seed
-    )
-    first_step = await _load(session, run, rl)
-    await session.sync_weights(first_step, probe=probe)
-    for step in range(first_step, rl.num_steps):
-        started = time.perf_counter()
-        groups = await session.collect(
-            [examples[index] for index in order[step]],
-            group_size=rl.group_size,
-            sampling=SamplingParams(temperature=rl.temperature, max_new_tokens=rl.max_new_tokens),
-            step=step,
-            seed=run.seed,
-        )
-        _check(groups, step, rl)
-        sampled = time.perf_counter()
-        samples = build_train_samples(
-            groups, scale_by_std=rl.scale_by_std, keep_constant_groups=rl.kl_coefficient > 0
-        )
-        metrics = await session.train_step(samples)
-        trained = time.perf_counter()
-        sync = await session.sync_weights(step + 1, probe=probe)
-        seconds = time.perf_counter() - started
-        rollouts = rollout_metrics(groups)
-        row = {
+        if folder is not None:
+            for ahead, groups in read_buffer(folder).items():
+                self._sampler.start(ahead, finished=groups)
+        return step
+
+    def _row(
+        self,
+        step: int,
+        groups: Sequence[RolloutGroup],
+        sampled: SampledStep,
+        metrics: Mapping[str, float],
+        sync: SyncResult,
+    ) -> dict[str, float]:
+        return {
             "step": step + 1,
-            **rollouts,
+            **rollout_metrics(groups),
+            **staleness_metrics(groups, learner_version=step),
             **metrics,
             "logprob_gap": sync.logprob_gap,
             "sync_seconds": sync.seconds,
-            "seconds": seconds,
-            "generation_seconds": sampled - started,
-            "learner_seconds": trained - sampled,
-            "tokens_per_s": rollouts["num_tokens"] / (sampled - started),
+            "constant_groups_dropped": float(sampled.num_constant),
+            "discarded_rollouts": float(self._sampler.num_discarded),
+            "requeued_groups": float(self._session.num_requeued),
+            "restarts": float(self._session.num_restarts),
         }
-        # Before the checkpoint: a run killed in between forgets the row, never the step.
-        append_jsonl(run.work_dir / "metrics.jsonl", row)
-        if (step + 1) % rl.checkpoint_every_steps == 0 or step + 1 in _kept(run, rl):
-            await _save(session, run, rl, step + 1)
-        on_step(row)
-    return checkpoint_folder(run.work_dir, rl.num_steps)
 
 
-def checkpoint_folder(work_dir: Path, step: int) -> Path:
-    """Folder of the checkpoint after ``step`` optimizer steps; a Hugging Face folder."""
-    return work_dir / f"step-{step:06d}"
+class _Clock:
+    """Where the time of one step went."""
+
+    def __init__(self, generator_busy_s: float) -> None:
+        self._started = self._last = time.perf_counter()
+        self._generator_busy_s = generator_busy_s
+        self._laps: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        """Book the time since the last lap under a name."""
+        now = time.perf_counter()
+        self._laps[name] = now - self._last
+        self._last = now
+
+    def shares(self, generator_busy_s: float) -> dict[str, float]:
+        """Return laps, the step's seconds and the idle shares.
+
+        ``generator_idle_frac`` is the share of the step in which an engine, on average over them,
+        had nothing to decode; a replaced one counts from its return. ``learner_idle_frac`` is the
+        share in which no gradient was computed.
+        """
+        seconds = time.perf_counter() - self._started
+        busy = max(0.0, generator_busy_s - self._generator_busy_s)
+        return {
+            **self._laps,
+            "seconds": seconds,
+            "generator_idle_frac": max(0.0, 1 - busy / seconds),
+            "learner_idle_frac": 1 - self._laps["learner_seconds"] / seconds,
+        }
 
 
-def _kept(run: RLRun, rl: RLConfig) -> set[int]:
-    return {*run.keep_steps, rl.num_steps}
-
-
-async def _load(session: RLSession, run: RLRun, rl: RLConfig) -> int:
-    """Load the newest checkpoint, or the start, and forget the metrics of steps beyond it."""
-    steps = [int(path.name.removeprefix("step-")) for path in run.work_dir.glob("step-*")]
-    newest = max(steps, default=0)
-    log = run.work_dir / "metrics.jsonl"
-    rows = [row for row in read_jsonl(log) if row["step"] <= newest]
-    write_text(log, "".join(json.dumps(row) + "\n" for row in rows))
-    return await session.load_learners(
-        run.init_folder,
-        reference=run.reference_folder if rl.kl_coefficient > 0 else None,
-        resume_from=checkpoint_folder(run.work_dir, newest) if newest else None,
-    )
-
-
-async def _save(session: RLSession, run: RLRun, rl: RLConfig, step: int) -> None:
-    """Write a checkpoint, then delete older ones that nobody asked to keep."""
-    await session.save_learners(checkpoint_folder(run.work_dir, step))
-    for path in sorted(run.work_dir.glob("step-*")):
-        older = int(path.name.removeprefix("step-"))
-        if older < step and older not in _kept(run, rl):
-            shutil.rmtree(path)
-
-
-def _check(groups: Sequence[RolloutGroup], step: int, rl: RLConfig) -> None:
-    """Stop on stale rollouts and on a step of which too much failed."""
-    _, stale = split_by_staleness(groups, learner_version=step, max_staleness=0)
-    if stale:
-        versions = sorted({rollout.policy_version for group in stale for rollout in group.rollouts})
-        raise ClusterError(
-            f"step {step} must be sampled by policy version {step}, found versions {versions} in "
-            f"{len(stale)} groups: a generator missed a weight sync."
-        )
-    rollouts = [rollout for group in groups for rollout in group.rollouts]
-    failed = [rollout for rollout in rollouts if rollout.reward is None]
-    if len(failed) > rl.max_rollout_error_frac * len(rollouts):
-        raise ClusterError(
-            f"at most {rl.max_rollout_error_frac:.0%} of a step's rollouts may fail "
-            f"(rl.max_rollout_error_frac), {len(failed)} of {len(rollouts)} did in step {step}; "
-            f"first: {failed[0].error}"
-        )
+def _write_run_file(run: RLRun, rl: RLConfig) -> None:
+    """Write what a replay needs to know about the run."""
+    values: dict[str, Any] = {
+        "init_folder": str(run.init_folder),
+        "reference_folder": str(run.reference_folder),
+        "seed": run.seed,
+        "rl": rl.model_dump(mode="json"),
+    }
+    write_json(run.work_dir / RUN_FILE, values)

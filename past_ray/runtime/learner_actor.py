@@ -11,6 +11,8 @@ from torch import Tensor
 from past_ray.config.rl import RLConfig
 from past_ray.engine.learner import GRPOLearner
 from past_ray.engine.sharding import init_process_group
+from past_ray.rl.adapter_weights import AdapterWeights
+from past_ray.rl.objective import StepTotals
 from past_ray.rl.types import TrainSample
 from past_ray.runtime.nccl_sync import NCCLSender
 
@@ -53,15 +55,16 @@ class LearnerShell:
         )
         self._learner = GRPOLearner(self._config, device="cuda" if backend == "nccl" else "cpu")
 
+    def ping(self) -> None:
+        """Answer a heartbeat; runs beside the thread that works."""
+
     def load(self, checkpoint: Path, *, reference: Path | None, resume_from: Path | None) -> int:
         """Load a checkpoint or continue a run; return the policy version."""
         return self._learner.load(checkpoint, reference=reference, resume_from=resume_from)
 
-    def train_step(
-        self, samples: Sequence[TrainSample], *, num_loss_tokens: int
-    ) -> dict[str, float]:
+    def train_step(self, samples: Sequence[TrainSample], *, totals: StepTotals) -> dict[str, float]:
         """Take one optimizer step on this rank's samples; metrics are those of all ranks."""
-        return self._learner.train_step(samples, num_loss_tokens=num_loss_tokens)
+        return self._learner.train_step(samples, totals=totals)
 
     def token_logprobs(self, samples: Sequence[TrainSample]) -> list[list[float]]:
         """Score samples with the current weights."""
@@ -74,6 +77,10 @@ class LearnerShell:
     def export_weights(self) -> dict[str, Tensor]:
         """Return all weights on rank 0, nothing on the others."""
         return self._learner.export_weights()
+
+    def export_adapter(self) -> AdapterWeights | None:
+        """Return the adapter on rank 0 of a LoRA run, else None."""
+        return self._learner.export_adapter()
 
     def open_nccl_sender(self, generators: Sequence[Any], workers_per_generator: int) -> None:
         """Meet the generators in an NCCL group; for rank 0 alone."""
@@ -89,9 +96,9 @@ class LearnerShell:
         if self._rank == 0:
             self._sender.send(weights, policy_version)
 
-    def save(self, folder: Path) -> None:
-        """Write what ``load(resume_from=folder)`` needs."""
-        self._learner.save(folder)
+    def save(self, folder: Path, *, extra_files: Mapping[str, bytes] | None = None) -> None:
+        """Write what ``load(resume_from=folder)`` needs, and a run's own files beside it."""
+        self._learner.save(folder, extra_files=extra_files)
 
 
 LearnerActor = ray.remote(LearnerShell)

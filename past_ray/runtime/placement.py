@@ -2,8 +2,8 @@
 
 Roles and what one process of each asks for::
 
-    generator       cpus_per_generator       tensor_parallel_size GPUs
-    learner         cpus_per_learner         1 GPU
+    generator       cpus_per_generator       tensor_parallel_size GPUs, or half of one (colocate)
+    learner         cpus_per_learner         1 GPU, or the other half
     rollout worker  cpus_per_rollout_worker  no GPU
     SFT worker      cpus_per_sft_worker      1 GPU        (placed by Ray Train)
     table readers   cpus_for_data            no GPU       (left free for Ray Data)
@@ -13,6 +13,7 @@ stages; otherwise they are ended first (`fits_together`).
 """
 
 import logging
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -28,13 +29,20 @@ Resources = dict[str, float]
 
 
 def rl_bundles(config: RuntimeConfig) -> list[Resources]:
-    """One bundle per actor: generators first, then learners, then rollout workers."""
+    """One bundle per actor: generators first, then learners, then rollout workers.
+
+    With ``colocate`` a generator and a learner share a bundle and its GPU.
+    """
+    workers = [_bundle(config.cpus_per_rollout_worker, 0)] * config.num_rollout_workers
+    if config.colocate:
+        cpus = config.cpus_per_generator + config.cpus_per_learner
+        return [_bundle(cpus, 1)] * config.num_generators + workers
     generator_gpus = config.generator.tensor_parallel_size if config.use_gpu else 0
     learner_gpus = 1 if config.use_gpu else 0
     return (
         [_bundle(config.cpus_per_generator, generator_gpus)] * config.num_generators
         + [_bundle(config.cpus_per_learner, learner_gpus)] * config.num_learners
-        + [_bundle(config.cpus_per_rollout_worker, 0)] * config.num_rollout_workers
+        + workers
     )
 
 
@@ -70,7 +78,48 @@ def check_supply(config: RuntimeConfig, supply: Resources) -> None:
             )
 
 
-def place(config: RuntimeConfig) -> PlacementGroup:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RLPlacement:
+    """Reserved bundles and the options of the actors that live in them."""
+
+    config: RuntimeConfig
+    """Counts and shares."""
+
+    group: PlacementGroup
+    """The reservation; Ray moves its bundles when a node is lost."""
+
+    def generator_options(self, index: int) -> dict[str, Any]:
+        """Options of generator ``index``."""
+        gpus = self.config.generator.tensor_parallel_size
+        return self._options(index, self.config.cpus_per_generator, gpus)
+
+    def learner_options(self, rank: int) -> dict[str, Any]:
+        """Options of learner ``rank``."""
+        config = self.config
+        bundle = rank if config.colocate else config.num_generators + rank
+        return self._options(bundle, config.cpus_per_learner, 1)
+
+    def worker_options(self, index: int) -> dict[str, Any]:
+        """Options of rollout worker ``index``."""
+        config = self.config
+        learner_bundles = 0 if config.colocate else config.num_learners
+        bundle = config.num_generators + learner_bundles + index
+        return self._options(bundle, config.cpus_per_rollout_worker, 0)
+
+    def _options(self, bundle_index: int, num_cpus: float, num_gpus: float) -> dict[str, Any]:
+        config = self.config
+        share = 0.5 if config.colocate else 1.0
+        return {
+            "num_cpus": num_cpus,
+            "num_gpus": num_gpus * share if config.use_gpu else 0,
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(
+                self.group, placement_group_bundle_index=bundle_index
+            ),
+            "runtime_env": {"env_vars": process_environment(config)},
+        }
+
+
+def place(config: RuntimeConfig) -> RLPlacement:
     """Reserve the bundles of all RL actors before any of them is created.
 
     Raises:
@@ -86,22 +135,7 @@ def place(config: RuntimeConfig) -> PlacementGroup:
             "end, lower the demand, or raise runtime.placement_timeout_s."
         )
     logger.info("placed RL actors: %s", _text(rl_demand(config)))
-    return group
-
-
-def actor_options(
-    config: RuntimeConfig, group: PlacementGroup, bundle_index: int
-) -> dict[str, Any]:
-    """Options of the actor that lives in bundle ``bundle_index`` of ``rl_bundles``."""
-    bundle = rl_bundles(config)[bundle_index]
-    return {
-        "num_cpus": bundle["CPU"],
-        "num_gpus": bundle.get("GPU", 0),
-        "scheduling_strategy": PlacementGroupSchedulingStrategy(
-            group, placement_group_bundle_index=bundle_index
-        ),
-        "runtime_env": {"env_vars": process_environment(config)},
-    }
+    return RLPlacement(config=config, group=group)
 
 
 def process_environment(config: RuntimeConfig) -> dict[str, str]:

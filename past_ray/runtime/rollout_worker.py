@@ -2,93 +2,145 @@
 
 Every rollout is a coroutine of one event loop. The prompts that they hand in during one tick of
 the loop leave as one call per generator, so 192 single-turn rollouts cost each generator one call.
+
+A worker keeps nothing between two calls: what is lost with it is sampled again elsewhere.
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import RayActorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from past_ray.envs.closed_book_qa import ClosedBookQA
+from past_ray.envs.base import Env
 from past_ray.envs.rollout import Codec, run_group
-from past_ray.errors import ConfigError
+from past_ray.errors import ActorLostError, ConfigError
 from past_ray.rl.types import Completion, RolloutGroup, SamplingParams
 from past_ray.tasks.examples import Message, QAExample
-from past_ray.tasks.grading import GRADERS
 
 GeneratorHandle = Any
 """A handle of ``GeneratorActor``; Ray types it as Any."""
+
+MakeEnv = Callable[[QAExample], Env]
+"""Makes one environment per rollout; it is pickled to the workers."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupTask:
+    """One group that is to be sampled."""
+
+    group_id: str
+    """Unique in a run, ``step/question_id``; with the run's seed it decides every random number."""
+
+    example: QAExample
+    """The question."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutPlan:
+    """What all groups of one call have in common."""
+
+    group_size: int
+    """Rollouts of one group."""
+
+    sampling: SamplingParams
+    """Of every completion; its seed is replaced."""
+
+    seed: int
+    """The run's seed."""
+
+    max_turns: int = 1
+    """A rollout that is not done after this many turns failed."""
+
+    env_timeout_s: float
+    """Longest wait for one reply of an environment."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Share:
+    """What became of the groups of one call."""
+
+    groups: dict[str, RolloutGroup]
+    """Finished groups by their id."""
+
+    lost_generators: list[int]
+    """Places, in the list of generators given, of those that died on the way; every group that is
+    missing waited for one of them."""
 
 
 class RolloutWorkerShell:
     """What runs inside the actor process."""
 
-    def __init__(
-        self, tokenizer_folder: Path, generators: Sequence[GeneratorHandle], *, reward: str
-    ) -> None:
+    def __init__(self, tokenizer_folder: Path, make_env: MakeEnv) -> None:
         """Store the settings; ``setup`` loads the tokenizer.
 
         Args:
             tokenizer_folder: Hugging Face folder whose tokenizer has a chat template.
-            generators: Handles of ``GeneratorActor``; prompts are spread over them in turn.
-            reward: Name of the grader in ``tasks.grading.GRADERS``.
-
-        Raises:
-            ConfigError: If there is no such grader.
+            make_env: Makes one environment per rollout.
         """
-        graders = {str(name): grader for name, grader in GRADERS.items()}
-        if reward not in graders:
-            raise ConfigError(f"reward must be one of {sorted(graders)}, found {reward!r}")
-        self._grade = graders[reward]
         self._tokenizer_folder = tokenizer_folder
-        self._generators = generators
+        self._make_env = make_env
         self._codec: Codec | None = None
 
-    def setup(self) -> None:
+    async def setup(self) -> None:
         """Load the tokenizer.
 
         Raises:
-            ConfigError: If it has no chat template.
+            ConfigError: If it has no chat template or no end of sequence.
         """
         self._codec = chat_codec(AutoTokenizer.from_pretrained(self._tokenizer_folder))
 
+    async def ping(self) -> None:
+        """Answer a heartbeat."""
+
     async def collect(
         self,
-        examples: Sequence[QAExample],
-        *,
-        group_size: int,
-        sampling: SamplingParams,
-        step: int,
-        seed: int,
-    ) -> list[RolloutGroup]:
-        """Roll every example out ``group_size`` times; groups come in the order of ``examples``.
+        tasks: Sequence[GroupTask],
+        generators: Sequence[GeneratorHandle],
+        plan: RolloutPlan,
+    ) -> Share:
+        """Sample every group; an evaluation is the same with one greedy rollout a group.
 
-        An evaluation is the same with ``group_size=1`` and temperature 0.
+        Args:
+            tasks: The groups.
+            generators: Handles of ``GeneratorActor``; prompts are spread over them in turn.
+            plan: What the groups have in common.
         """
         if self._codec is None:
-            self.setup()
+            await self.setup()
         assert self._codec is not None
         codec = self._codec
         # A new one per call: what is sampled depends on the call alone, also after a restart.
-        batcher = GenerateBatcher(self._generators)
-        return await asyncio.gather(
+        batcher = GenerateBatcher(generators)
+        outcomes = await asyncio.gather(
             *(
                 run_group(
-                    example,
-                    make_env=lambda example: ClosedBookQA(example, self._grade),
+                    task.example,
+                    group_id=task.group_id,
+                    make_env=self._make_env,
                     generate=batcher.generate,
                     codec=codec,
-                    group_size=group_size,
-                    sampling=sampling,
-                    seed=seed,
-                    step=step,
+                    group_size=plan.group_size,
+                    sampling=plan.sampling,
+                    seed=plan.seed,
+                    max_turns=plan.max_turns,
+                    env_timeout_s=plan.env_timeout_s,
                 )
-                for example in examples
-            )
+                for task in tasks
+            ),
+            return_exceptions=True,
         )
+        groups: dict[str, RolloutGroup] = {}
+        for task, outcome in zip(tasks, outcomes, strict=True):
+            if isinstance(outcome, RolloutGroup):
+                groups[task.group_id] = outcome
+            elif not isinstance(outcome, ActorLostError):
+                raise outcome
+        return Share(groups=groups, lost_generators=sorted(batcher.lost))
 
 
 RolloutWorkerActor = ray.remote(RolloutWorkerShell)
@@ -98,13 +150,16 @@ class GenerateBatcher:
     """Joins the prompts of one event-loop tick into one call per generator.
 
     ``generate`` waits for the call that its prompt left with; it is unblocked when that generator
-    has completed all prompts of the call.
+    has completed all prompts of the call, or has died.
     """
 
     def __init__(self, generators: Sequence[GeneratorHandle]) -> None:
         """Keep the actor handles, at least one."""
         if not generators:
             raise ConfigError("a rollout worker needs at least one generator, found none")
+        self.lost: set[int] = set()
+        """Places of the generators that died."""
+
         self._generators = list(generators)
         self._next_generator = 0
         self._waiting: list[tuple[list[int], SamplingParams, asyncio.Future[Completion]]] = []
@@ -131,23 +186,24 @@ class GenerateBatcher:
         num_generators = len(self._generators)
         for offset in range(min(num_generators, len(waiting))):
             index = (self._next_generator + offset) % num_generators
-            call = asyncio.ensure_future(
-                self._call(self._generators[index], waiting[offset::num_generators])
-            )
+            call = asyncio.ensure_future(self._call(index, waiting[offset::num_generators]))
             self._calls.add(call)
             call.add_done_callback(self._calls.discard)
         self._next_generator = (self._next_generator + len(waiting)) % num_generators
 
     async def _call(
         self,
-        generator: GeneratorHandle,
+        index: int,
         requests: list[tuple[list[int], SamplingParams, "asyncio.Future[Completion]"]],
     ) -> None:
         prompts = [prompt for prompt, _, _ in requests]
         sampling = [params for _, params, _ in requests]
         outcomes: list[Completion | Exception]
         try:
-            outcomes = await generator.generate_each.remote(prompts, sampling)
+            outcomes = await self._generators[index].generate_each.remote(prompts, sampling)
+        except RayActorError as error:
+            self.lost.add(index)
+            outcomes = [ActorLostError(f"generator {index} died: {error}")] * len(requests)
         except Exception as error:
             # The actor's own error; Ray's wrapper has a whole traceback for its text.
             outcomes = [getattr(error, "cause", None) or error] * len(requests)

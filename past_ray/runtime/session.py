@@ -3,63 +3,51 @@
 ::
 
     RLSession (driver; owns every handle, resolves every ref)
-       |  collect(examples)            |  train_step(samples)
+       |  collect(tasks)               |  train_step(samples)
        v                               v
     RolloutWorker[n] --prompt ids--> GeneratorActor[k]      LearnerActor[r]  (FSDP rank)
      (drives Env)     <--Completion--   ^                      |
-                                        +------ weights -------+   one object-store ref for all
+                                        +------ weights -------+   WeightSync
+
+    who             when it is lost                            who notices
+    RolloutWorker   replaced; its groups are sampled again     supervisor, RolloutPool
+    GeneratorActor  replaced, gets the current weights         supervisor, RolloutPool, WeightSync
+    LearnerActor    LearnersLostError: the controller goes     LearnerGroup
+                    back to the last checkpoint
 
 A session is opened once and serves several runs: learners load other checkpoints, generators get
 other weights. Everything it created ends with it.
 """
 
 import asyncio
-import itertools
-import time
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import ray
 from ray.util.placement_group import remove_placement_group
 from torch import Tensor
 
 from past_ray.config.rl import RLConfig
 from past_ray.config.runtime import RuntimeConfig
-from past_ray.errors import ClusterError, ParityError
-from past_ray.rl.batching import count_loss_tokens, split_over_ranks
-from past_ray.rl.types import Completion, RolloutGroup, SamplingParams, TrainSample
+from past_ray.errors import ClusterError
+from past_ray.rl.batching import split_over_ranks
+from past_ray.rl.objective import count_totals
+from past_ray.rl.types import RolloutGroup, TrainSample
 from past_ray.runtime.generator_actor import GeneratorActor
 from past_ray.runtime.learner_actor import LearnerActor
-from past_ray.runtime.placement import actor_options, place
-from past_ray.runtime.rollout_worker import RolloutWorkerActor
-from past_ray.tasks.examples import QAExample
-
-Handle = Any
-"""An actor handle; Ray types it as Any."""
-
-WeightsRef = Any
-"""An object ref of a state dict, on its way from the learners to the generators."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SyncResult:
-    """What one weight sync cost and how exact it was."""
-
-    seconds: float
-    """From the learners' export to the last generator's new weights."""
-
-    logprob_gap: float
-    """Largest difference between generator and learner on the probe, in nats."""
+from past_ray.runtime.learner_group import LEARNER_CONCURRENCY, LearnerGroup
+from past_ray.runtime.placement import RLPlacement, place
+from past_ray.runtime.rollout_pool import RolloutPool
+from past_ray.runtime.rollout_worker import GroupTask, MakeEnv, RolloutPlan, RolloutWorkerActor
+from past_ray.runtime.supervisor import Handle, RestartPolicy, SupervisedActor
+from past_ray.runtime.weight_sync import SyncResult, WeightSync
 
 
 class RLSession:
     """Generators, learners and rollout workers, placed together and ended together."""
 
     def __init__(
-        self, config: RuntimeConfig, rl: RLConfig, *, model_folder: Path, reward: str
+        self, config: RuntimeConfig, rl: RLConfig, *, model_folder: Path, make_env: MakeEnv
     ) -> None:
         """Store the settings; ``open`` starts the actors.
 
@@ -67,16 +55,18 @@ class RLSession:
             config: Processes and placement.
             rl: Settings of the learners.
             model_folder: Hugging Face folder that gives architecture and tokenizer.
-            reward: Name of the grader in ``tasks.grading.GRADERS``.
+            make_env: Makes the environment of one rollout; pickled to the workers.
         """
         self._config = config
         self._rl = rl
         self._model_folder = model_folder.resolve()
-        self._reward = reward
-        self._group: Any = None
-        self.generators: list[Handle] = []
-        self.learners: list[Handle] = []
-        self.workers: list[Handle] = []
+        self._make_env = make_env
+        self._placement: RLPlacement | None = None
+        self.generators: list[SupervisedActor] = []
+        self.workers: list[SupervisedActor] = []
+        self._learners: LearnerGroup
+        self._pool: RolloutPool
+        self._sync: WeightSync
 
     async def open(self) -> None:
         """Place all actors, start them and wait until every one is ready.
@@ -85,111 +75,130 @@ class RLSession:
             ClusterError: If they are not placed or not ready in time.
         """
         config = self._config
-        self._group = await asyncio.to_thread(place, config)
-        indices = itertools.count()
-
-        def options() -> dict[str, Any]:
-            return actor_options(config, self._group, next(indices))
-
+        policy = restart_policy(config)
+        placement = await asyncio.to_thread(place, config)
+        self._placement = placement
         self.generators = [
-            GeneratorActor.options(max_concurrency=16, **options()).remote(
-                config.generator, self._model_folder
+            SupervisedActor(
+                f"generator {index}",
+                create=lambda index=index: GeneratorActor.options(
+                    **placement.generator_options(index)
+                ).remote(config.generator, self._model_folder, lora_rank=self._lora_rank),
+                prepare=self._prepare_generator,
+                policy=policy,
             )
-            for _ in range(config.num_generators)
-        ]
-        self.learners = [
-            LearnerActor.options(**options()).remote(
-                self._rl, rank=rank, world_size=config.num_learners
-            )
-            for rank in range(config.num_learners)
+            for index in range(config.num_generators)
         ]
         self.workers = [
-            RolloutWorkerActor.options(**options()).remote(
-                self._model_folder, self.generators, reward=self._reward
+            SupervisedActor(
+                f"rollout worker {index}",
+                create=lambda index=index: RolloutWorkerActor.options(
+                    **placement.worker_options(index)
+                ).remote(self._model_folder, self._make_env),
+                prepare=self._prepare_worker,
+                policy=policy,
             )
-            for _ in range(config.num_rollout_workers)
+            for index in range(config.num_rollout_workers)
         ]
-        await self._set_up()
+        self._learners = LearnerGroup(
+            lambda rank: LearnerActor.options(
+                max_concurrency=LEARNER_CONCURRENCY, **placement.learner_options(rank)
+            ).remote(self._rl, rank=rank, world_size=config.num_learners),
+            num_learners=config.num_learners,
+            backend="nccl" if config.use_gpu else "gloo",
+            setup_timeout_s=config.setup_timeout_s,
+            policy=policy,
+        )
+        self._sync = WeightSync(
+            config, self._rl, generators=self.generators, call_learners=self._learners.call
+        )
+        self._pool = RolloutPool(self.workers, self.generators, start_over=self._sync.give_again)
+        await self._start()
 
-    async def _set_up(self) -> None:
-        address = await self.learners[0].rendezvous_address.remote()
-        backend = "nccl" if self._config.use_gpu else "gloo"
-        refs = [actor.setup.remote() for actor in self.generators + self.workers]
-        refs += [learner.setup.remote(address, backend) for learner in self.learners]
+    async def _start(self) -> None:
+        actors = [*self.generators, *self.workers]
         try:
-            await asyncio.wait_for(asyncio.gather(*refs), self._config.setup_timeout_s)
+            await asyncio.wait_for(
+                asyncio.gather(self._learners.start(), *(actor.start() for actor in actors)),
+                self._config.setup_timeout_s,
+            )
         except TimeoutError as error:
             raise ClusterError(
                 f"all actors must be ready within {self._config.setup_timeout_s:.0f} s. Raise "
                 "runtime.setup_timeout_s or look into the actors' logs."
             ) from error
-        if self._is_nccl:
-            size = self._config.generator.tensor_parallel_size
-            await self._in_time([self.learners[0].open_nccl_sender.remote(self.generators, size)])
+
+    async def _prepare_generator(self, handle: Handle) -> None:
+        await asyncio.wait_for(_done(handle.setup.remote()), self._config.setup_timeout_s)
+        await self._sync.give_current(handle)
+
+    async def _prepare_worker(self, handle: Handle) -> None:
+        await asyncio.wait_for(_done(handle.setup.remote()), self._config.setup_timeout_s)
 
     def close(self) -> None:
         """End every actor and give its resources back."""
-        for actor in self.workers + self.learners + self.generators:
-            with suppress(Exception):
-                ray.kill(actor)
-        if self._group is not None:
-            with suppress(Exception):
-                remove_placement_group(self._group)
-        self.generators, self.learners, self.workers, self._group = [], [], [], None
+        for actor in [*self.workers, *self.generators]:
+            actor.close()
+        if self._placement is not None:
+            self._learners.close()
+            remove_placement_group(self._placement.group)
+        self.generators, self.workers, self._placement = [], [], None
 
     async def collect(
-        self,
-        examples: Sequence[QAExample],
-        *,
-        group_size: int,
-        sampling: SamplingParams,
-        step: int,
-        seed: int,
+        self, tasks: Sequence[GroupTask], plan: RolloutPlan, *, is_exact: bool = True
     ) -> list[RolloutGroup]:
-        """Roll every example out ``group_size`` times; groups come in the order of ``examples``."""
-        num_workers = len(self.workers)
-        shares = [list(examples[i::num_workers]) for i in range(num_workers)]
-        collected = await asyncio.gather(
-            *(
-                worker.collect.remote(
-                    share, group_size=group_size, sampling=sampling, step=step, seed=seed
-                )
-                for worker, share in zip(self.workers, shares, strict=True)
-            )
-        )
-        by_id = {group.question_id: group for groups in collected for group in groups}
-        return [by_id[example.question_id] for example in examples]
+        """Sample every group; they come in the order of ``tasks``. See ``RolloutPool.collect``."""
+        return await self._pool.collect(tasks, plan, is_exact=is_exact)
 
     async def load_learners(
         self, checkpoint: Path, *, reference: Path | None, resume_from: Path | None
     ) -> int:
         """Give the learners a checkpoint, or the state they saved; return its policy version."""
-        versions = await asyncio.gather(
-            *(
-                learner.load.remote(checkpoint, reference=reference, resume_from=resume_from)
-                for learner in self.learners
+        versions = await self._learners.call(
+            lambda learner: learner.load.remote(
+                checkpoint, reference=reference, resume_from=resume_from
             )
         )
+        self._sync.set_adapter_base(checkpoint)
         return versions[0]
 
+    async def restart_learners(self) -> None:
+        """Replace all learners; ``load_learners`` has to follow.
+
+        Raises:
+            ClusterError: If that happened too often.
+        """
+        self._sync.forget_learners()
+        await self._learners.restart()
+
     async def train_step(self, samples: Sequence[TrainSample]) -> dict[str, float]:
-        """One optimizer step over all learners; returns metrics merged over ranks."""
-        num_loss_tokens = count_loss_tokens(samples)
-        shares = split_over_ranks(samples, len(self.learners))
-        metrics = await asyncio.gather(
-            *(
-                learner.train_step.remote(share, num_loss_tokens=num_loss_tokens)
-                for learner, share in zip(self.learners, shares, strict=True)
-            )
+        """One optimizer step over all learners; returns metrics merged over ranks.
+
+        Raises:
+            LearnersLostError: If a learner was lost.
+        """
+        if self._config.generator.sleep_between_steps:
+            await self._all_generators("sleep")
+        totals = count_totals(samples, rollout_token_limit=self._rl.max_new_tokens)
+        shares = iter(split_over_ranks(samples, self._config.num_learners))
+        metrics = await self._learners.call(
+            lambda learner: learner.train_step.remote(next(shares), totals=totals)
         )
         return metrics[0]
 
-    async def save_learners(self, folder: Path) -> None:
-        """Write what ``load_learners(resume_from=folder)`` needs."""
-        await asyncio.gather(*(learner.save.remote(folder) for learner in self.learners))
+    async def save_learners(self, folder: Path, *, extra_files: Mapping[str, bytes]) -> None:
+        """Write what ``load_learners(resume_from=folder)`` needs, and files of the caller.
+
+        Raises:
+            LearnersLostError: If a learner was lost.
+            StorageError: If the disk is full.
+        """
+        await self._learners.call(
+            lambda learner: learner.save.remote(folder, extra_files=extra_files)
+        )
 
     async def sync_weights(self, policy_version: int, *, probe: Sequence[list[int]]) -> SyncResult:
-        """Give every generator the learners' weights and check that both sides agree.
+        """Give all generators the learners' weights and compare both on fixed prompts.
 
         Args:
             policy_version: Version of the learners' weights.
@@ -199,70 +208,57 @@ class RLSession:
             ParityError: If the gap exceeds ``rl.parity_tolerance``.
             ClusterError: If the sync does not end within ``runtime.sync_timeout_s``.
         """
-        started = time.perf_counter()
-        if self._is_nccl:
-            await self._in_time(
-                learner.send_weights.remote(policy_version, None) for learner in self.learners
-            )
-        else:
-            refs = [learner.export_weights.remote() for learner in self.learners]
-            await self._update_generators(refs[0], policy_version)
-            await asyncio.gather(*refs[1:])
-        seconds = time.perf_counter() - started
-        gap = await self._parity_gap(probe)
-        if not gap <= self._rl.parity_tolerance:
-            raise ParityError(
-                f"generator and learner must agree within {self._rl.parity_tolerance:g} nats after "
-                f"a weight sync, found {gap:g} at policy version {policy_version}. Compare "
-                "runtime.generator.dtype with rl.precision; in 16 bit raise rl.parity_tolerance."
-            )
-        return SyncResult(seconds=seconds, logprob_gap=gap)
+        if self._config.generator.sleep_between_steps:
+            await self._all_generators("wake_up")
+        return await self._sync.from_learners(policy_version, probe=probe)
 
     async def load_generators(self, weights: Mapping[str, Tensor], policy_version: int) -> None:
         """Give every generator weights that no learner holds, as evaluation does."""
-        await self._update_generators(ray.put(dict(weights)), policy_version)
+        await self._sync.from_driver(weights, policy_version)
 
-    async def _update_generators(self, weights: WeightsRef, policy_version: int) -> None:
-        if self._is_nccl:
-            await self._in_time([self.learners[0].send_weights.remote(policy_version, weights)])
-            return
-        await self._in_time(
-            actor.update_weights.remote(weights, policy_version) for actor in self.generators
+    async def generator_busy_s(self) -> float:
+        """Return the seconds that an engine had something to decode so far, mean over engines."""
+        stats = await asyncio.gather(
+            *(
+                actor.result_of(lambda handle: handle.ping.remote())
+                for actor in self.generators
+                if actor.is_ready
+            ),
+            return_exceptions=True,
         )
-
-    async def _in_time(self, calls: Iterable[Any]) -> None:
-        """Wait for all calls of a weight sync, no longer than its timeout."""
-        try:
-            await asyncio.wait_for(asyncio.gather(*calls), self._config.sync_timeout_s)
-        except TimeoutError as error:
-            raise ClusterError(
-                f"a weight sync must end within {self._config.sync_timeout_s:.0f} s. Raise "
-                "runtime.sync_timeout_s or look into the generators' logs."
-            ) from error
+        busy = [answer.busy_s for answer in stats if not isinstance(answer, BaseException)]
+        return sum(busy) / max(1, len(self.generators))
 
     @property
-    def _is_nccl(self) -> bool:
-        return self._config.generator.weight_transfer == "nccl"
+    def num_requeued(self) -> int:
+        """Groups that were sampled again because a process was lost."""
+        return self._pool.num_requeued
 
-    async def _parity_gap(self, probe: Sequence[list[int]]) -> float:
-        sampling = [
-            SamplingParams(temperature=self._rl.temperature, max_new_tokens=8, seed=index)
-            for index in range(len(probe))
-        ]
-        answers: list[list[Completion]] = await asyncio.gather(
-            *(actor.generate.remote(list(probe), sampling) for actor in self.generators)
-        )
-        samples = [
-            TrainSample(
-                token_ids=prompt + completion.token_ids,
-                loss_mask=[False] * len(prompt) + [True] * len(completion.token_ids),
-                generator_logprobs=[0.0] * len(prompt) + completion.logprobs,
-                advantages=[0.0] * (len(prompt) + len(completion.token_ids)),
-            )
-            for completions in answers
-            for prompt, completion in zip(probe, completions, strict=True)
-        ]
-        gaps = await asyncio.gather(
-            *(learner.logprob_gap.remote(samples) for learner in self.learners)
-        )
-        return max(gaps)
+    @property
+    def num_restarts(self) -> int:
+        """Processes that were replaced."""
+        actors = [*self.generators, *self.workers]
+        return sum(actor.num_restarts for actor in actors) + self._learners.num_restarts
+
+    @property
+    def _lora_rank(self) -> int | None:
+        return None if self._rl.lora is None else self._rl.lora.rank
+
+    async def _all_generators(self, method: str) -> None:
+        calls = (a.result_of(lambda h: getattr(h, method).remote()) for a in self.generators)
+        await asyncio.gather(*calls)
+
+
+def restart_policy(config: RuntimeConfig) -> RestartPolicy:
+    """Heartbeats and restarts as configured."""
+    return RestartPolicy(
+        heartbeat_interval_s=config.heartbeat_interval_s,
+        heartbeat_timeout_s=config.heartbeat_timeout_s,
+        backoff_s=config.restart_backoff_s,
+        max_backoff_s=config.max_restart_backoff_s,
+        max_restarts=config.max_restarts,
+    )
+
+
+async def _done(ref: Any) -> None:  # noqa: ANN401 - an object ref
+    await ref

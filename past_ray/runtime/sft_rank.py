@@ -4,6 +4,7 @@ import json
 import logging
 import queue
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -30,6 +31,12 @@ READ_AHEAD_TOKENS = 16_000_000
 
 Ray Data's executor lives in the rank's process and spins while its output is not taken, which slows
 a loop of small steps five times. A run that fits here is read at once, and its executor ends.
+"""
+
+NOTICE_INTERVAL_S = 1.0
+"""Time between two questions whether a node is to be taken away; clouds give 30 s and more.
+
+Each is a call to an actor, which takes longer than a step of a small model.
 """
 
 RUN_NAME = "sft"
@@ -118,6 +125,7 @@ def _train_all_steps(
     if rank == 0:
         lines = [json.dumps(record.as_dict()) + "\n" for record in learner.records]
         write_text(metrics_file, "".join(lines))
+    notice = _ReclaimNotice()
     for step, share in enumerate(shares):
         if step < learner.next_step:
             continue
@@ -127,13 +135,40 @@ def _train_all_steps(
         num_done = step + 1
         if num_done in job["keep_steps"]:
             learner.export(kept_folder(Path(job["out_folder"]), num_done))
-        if num_done % sft.checkpoint_every_steps == 0 and num_done < sft.num_steps:
+        is_due = num_done % sft.checkpoint_every_steps == 0
+        if (notice.is_new() or is_due) and num_done < sft.num_steps:
             _report_checkpoint(learner, Path(job["work_dir"]), rank=rank)
     if learner.next_step != sft.num_steps:
         raise DataError(
             f"The plan must hold {sft.num_steps} steps, rank {rank} read {learner.next_step}. "
             f"Delete {job['work_dir']} and run again."
         )
+
+
+class _ReclaimNotice:
+    """Tells all ranks together that a node of this run will be taken away (a spot reclaim).
+
+    A checkpoint then loses nothing: Ray Train lets the ranks go on until the node's time is over,
+    and restarts them elsewhere from the latest checkpoint.
+    """
+
+    def __init__(self) -> None:
+        self._known: ray.train.PreemptionInfo | None = None
+        self._next_look = time.monotonic()
+
+    def is_new(self) -> bool:
+        """Return whether there is a notice that was not there before. Collective."""
+        from past_ray.engine.sharding import max_over_ranks
+
+        # Clocks of ranks differ: all of them ask as soon as it is time for one.
+        if not max_over_ranks(time.monotonic() >= self._next_look):
+            return False
+        self._next_look = time.monotonic() + NOTICE_INTERVAL_S
+        info = ray.train.get_preemption_info()
+        if info is None or info == self._known:
+            return False
+        self._known = info
+        return True
 
 
 def _report_checkpoint(learner: "SFTLearner", work_dir: Path, *, rank: int) -> None:

@@ -39,7 +39,13 @@ from ray.train.v2.api.config import LoggingConfig
 from past_ray.config.runtime import RuntimeConfig
 from past_ray.config.sft import SFTConfig
 from past_ray.errors import ClusterError, ConfigError, PastRayError
-from past_ray.runtime.sft_rank import METRICS_FILE, RUN_NAME, kept_folder, run_rank
+from past_ray.runtime.sft_rank import (
+    METRICS_FILE,
+    NOTICE_INTERVAL_S,
+    RUN_NAME,
+    kept_folder,
+    run_rank,
+)
 from past_ray.sft.examples import SFTExample
 from past_ray.sft.plan import hash_examples, write_plan
 from past_ray.sft.schedule import example_order
@@ -84,7 +90,8 @@ def train_sft(
 ) -> SFTResult:
     """Train ``init_folder`` on examples and write the result as a plain fp32 model folder.
 
-    The same call continues a run that was killed, from its last checkpoint, to the same weights.
+    The same call continues a run that was killed, from its last checkpoint, to the same weights. A
+    run that is told that one of its nodes goes away saves a checkpoint and moves by itself.
 
     Args:
         examples: The data set; drawn in seeded epoch shuffles.
@@ -274,7 +281,9 @@ def _trainer(job: dict[str, Any], files: list[list[Path]], runtime: RuntimeConfi
         run_config=ray.train.RunConfig(
             name=RUN_NAME,
             storage_path=str(Path(job["work_dir"]) / "train"),
-            failure_config=ray.train.FailureConfig(max_failures=0, controller_failure_limit=0),
+            failure_config=ray.train.FailureConfig(
+                max_failures=0, max_preemption_failures=-1, controller_failure_limit=0
+            ),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
@@ -349,8 +358,7 @@ def _train_settings(runtime: RuntimeConfig) -> Generator[None]:
     settings = {
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": str(POLL_INTERVAL_S),
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(runtime.placement_timeout_s),
-        # An actor whose notices nobody here listens to.
-        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+        "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": str(NOTICE_INTERVAL_S),
     }
     earlier = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)

@@ -1,6 +1,7 @@
 """Our tensors against scalar loops over the published formulas; see ``rl_losses.json``.
 
-Tolerance 1e-12: both sides are float64 and differ only in the order of a few additions.
+Values: relative 1e-12, both sides being float64 and differing in the order of sums alone.
+Gradients: absolute 1e-8, a hundred times the error of a central difference of step 1e-5.
 """
 
 import json
@@ -9,62 +10,78 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from past_ray.rl.advantages import group_advantages
-from past_ray.rl.losses import kl_penalty, ppo_clip_loss
+from past_ray.config.rl import RLConfig
+from past_ray.rl.advantages import group_advantages, turn_advantages
+from past_ray.rl.objective import StepTotals, rl_loss
+from past_ray.rl.reward_shaping import overlong_penalty
 
 GOLDEN = json.loads(Path(__file__).with_name("rl_losses.json").read_text(encoding="utf-8"))
-EXACT = {"rel": 1e-12, "abs": 1e-12}
+ROLLOUTS = GOLDEN["rollouts"]
+LENGTHS = [len(rollout["logprobs"]) for rollout in ROLLOUTS]
+EXACT = {"rel": 1e-12, "abs": 1e-15}
+
+both_scales = pytest.mark.parametrize(
+    ("name", "scale_by_std"), [("grpo", True), ("dr_grpo", False)]
+)
 
 
 def padded(name: str) -> Tensor:
-    """One row a rollout, right-padded with a value that must not matter."""
-    rollouts = GOLDEN["losses"]["rollouts"]
-    longest = max(len(rollout["logprobs"]) for rollout in rollouts)
-    rows = [torch.tensor(rollout[name], dtype=torch.float64) for rollout in rollouts]
-    return torch.stack([pad(row, (0, longest - len(row)), value=-77.0) for row in rows])
+    """Return the rollouts' lists as rows, behind which garbage stands."""
+    rows = [torch.tensor(rollout[name], dtype=torch.float64) for rollout in ROLLOUTS]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=float("nan"))
 
 
 def loss_mask() -> Tensor:
-    return padded("logprobs") != -77.0
-
-
-def num_loss_tokens() -> int:
-    return sum(len(rollout["logprobs"]) for rollout in GOLDEN["losses"]["rollouts"])
+    return torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS).unsqueeze(1)
 
 
 @pytest.mark.parametrize("case", GOLDEN["advantages"], ids=lambda case: f"{len(case['rewards'])}")
-@pytest.mark.parametrize(("name", "scale_by_std"), [("grpo", True), ("dr_grpo", False)])
+@both_scales
 def test_advantages_equal_the_published_formula(case, name: str, scale_by_std: bool):
     rewards = torch.tensor(case["rewards"], dtype=torch.float64)
     ours = group_advantages(rewards, scale_by_std=scale_by_std)
     assert ours.tolist() == pytest.approx(case[name], **EXACT)
 
 
-def test_policy_loss_equals_the_published_formula():
-    clip_low, clip_high = GOLDEN["provenance"]["clip"]
-    advantages = [[rollout["advantage"]] for rollout in GOLDEN["losses"]["rollouts"]]
-    loss, metrics = ppo_clip_loss(
-        padded("logprobs"),
+@pytest.mark.parametrize(
+    "case", GOLDEN["turn_advantages"], ids=lambda case: f"{len(case['rewards'])}"
+)
+@both_scales
+def test_turn_advantages_equal_the_formula_per_turn(case, name: str, scale_by_std: bool):
+    ours = turn_advantages(case["rewards"], scale_by_std=scale_by_std)
+    for row, expected in zip(ours, case[name], strict=True):
+        assert row == pytest.approx(expected, **EXACT)
+
+
+@pytest.mark.parametrize(("num_tokens", "limit", "buffer", "expected"), GOLDEN["overlong"])
+def test_overlong_penalty_equals_the_published_formula(num_tokens, limit, buffer, expected):
+    ours = overlong_penalty(num_tokens, max_new_tokens=limit, buffer_tokens=buffer, penalty=1.0)
+    assert ours == expected
+
+
+@pytest.mark.parametrize("case", GOLDEN["losses"], ids=lambda case: case["name"])
+def test_loss_and_gradient_equal_the_published_formulas(case):
+    logprobs = padded("logprobs").requires_grad_()
+    advantages = torch.tensor([[r["advantage"]] for r in ROLLOUTS], dtype=torch.float64)
+    loss, metrics = rl_loss(
+        logprobs,
         generator_logprobs=padded("generator_logprobs"),
-        advantages=torch.tensor(advantages, dtype=torch.float64).expand(loss_mask().shape),
+        advantages=advantages.expand(loss_mask().shape),
         loss_mask=loss_mask(),
-        num_loss_tokens=num_loss_tokens(),
-        clip_low=clip_low,
-        clip_high=clip_high,
-    )
-    assert loss.item() == pytest.approx(GOLDEN["losses"]["policy_loss"], **EXACT)
-    assert metrics["clip_frac"].item() == pytest.approx(GOLDEN["losses"]["clip_frac"], **EXACT)
-
-
-@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
-def test_kl_penalty_equals_the_published_formula(estimator: str):
-    penalty, _ = kl_penalty(
-        padded("logprobs"),
         ref_logprobs=padded("ref_logprobs"),
-        loss_mask=loss_mask(),
-        num_loss_tokens=num_loss_tokens(),
-        estimator=estimator,
+        entropy=padded("entropy"),
+        totals=StepTotals(
+            num_loss_tokens=sum(LENGTHS),
+            num_rollouts=len(LENGTHS),
+            rollout_token_limit=GOLDEN["provenance"]["token_limit"],
+        ),
+        rl=RLConfig.model_validate(case["settings"]),
     )
-    assert penalty.item() == pytest.approx(GOLDEN["losses"]["kl"][estimator], **EXACT)
+    (gradient,) = torch.autograd.grad(loss, logprobs)
+    assert loss.item() == pytest.approx(case["loss"], **EXACT)
+    for row, expected in zip(gradient.tolist(), case["gradient"], strict=True):
+        assert row[: len(expected)] == pytest.approx(expected, rel=0, abs=1e-8)
+        assert not any(row[len(expected) :])
+    ours = {name: metrics[name].item() for name in case["metrics"]}
+    assert ours == pytest.approx(case["metrics"], **EXACT)

@@ -11,7 +11,8 @@ from ray.exceptions import RayTaskError
 from past_ray.config.rl import RLConfig
 from past_ray.config.sft import LoraConfig
 from past_ray.errors import DataError
-from past_ray.rl.batching import count_loss_tokens, split_over_ranks
+from past_ray.rl.batching import split_over_ranks
+from past_ray.rl.objective import StepTotals, count_totals
 from past_ray.rl.types import TrainSample
 from past_ray.runtime.learner_actor import LearnerActor, LearnerShell
 from tests.tiny_model import make_tiny_model
@@ -19,7 +20,7 @@ from tests.tiny_model import make_tiny_model
 pytestmark = pytest.mark.ray
 
 CONFIG = RLConfig(
-    kl_coefficient=0.1,
+    kl={"coefficient": 0.1},
     learning_rate=1e-3,
     max_tokens_per_micro_batch=20,
     temperature=0.7,
@@ -108,10 +109,10 @@ class Learners:
 
     def step(self, samples: list[TrainSample]) -> dict[str, float]:
         shares = split_over_ranks(samples, len(self.ranks))
-        count = count_loss_tokens(samples)
+        totals = count_totals(samples, rollout_token_limit=8)
         metrics = ray.get(
             [
-                rank.train_step.remote(share, num_loss_tokens=count)
+                rank.train_step.remote(share, totals=totals)
                 for rank, share in zip(self.ranks, shares, strict=True)
             ]
         )
@@ -168,8 +169,9 @@ def test_two_ranks_equal_one_and_each_resumes_the_other(
 def test_error_inside_the_actor_arrives_as_our_class(folders: tuple[Path, Path]):
     with Learners(1) as learners:
         learners.load(folders)
+        totals = StepTotals(num_loss_tokens=1, num_rollouts=1, rollout_token_limit=8)
         with pytest.raises(DataError, match="must count the samples of all ranks") as caught:
-            ray.get(learners.ranks[0].train_step.remote(make_batch(0), num_loss_tokens=1))
+            ray.get(learners.ranks[0].train_step.remote(make_batch(0), totals=totals))
         assert isinstance(caught.value, RayTaskError)
 
 
@@ -179,7 +181,7 @@ def test_shell_is_a_plain_object(folders: tuple[Path, Path]):
     assert shell.load(folders[0], reference=folders[1], resume_from=None) == 0
     batch = make_batch(0)
     assert shell.logprob_gap(batch) > 0
-    shell.train_step(batch, num_loss_tokens=count_loss_tokens(batch))
+    shell.train_step(batch, totals=count_totals(batch, rollout_token_limit=8))
     assert "model.embed_tokens.weight" in shell.export_weights()
 
 

@@ -1,4 +1,5 @@
 import asyncio
+from functools import partial
 
 import pytest
 import ray
@@ -7,15 +8,24 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from past_ray.config.runtime import GeneratorConfig
 from past_ray.engine.fake import FakeGenerator, scripted
-from past_ray.errors import ClusterError, ConfigError
+from past_ray.envs.closed_book_qa import ClosedBookQA
+from past_ray.errors import ActorLostError, ClusterError
 from past_ray.rl.types import RolloutStatus, SamplingParams
 from past_ray.runtime.generator_actor import GeneratorActor, GeneratorShell
-from past_ray.runtime.rollout_worker import GenerateBatcher, RolloutWorkerActor, RolloutWorkerShell
+from past_ray.runtime.rollout_worker import (
+    GenerateBatcher,
+    GroupTask,
+    RolloutPlan,
+    RolloutWorkerActor,
+    RolloutWorkerShell,
+)
 from past_ray.tasks.examples import QAExample
+from past_ray.tasks.grading import exact_match
 from tests.tiny_model import make_tiny_model
 
 pytestmark = pytest.mark.ray
 
+MAKE_ENV = partial(ClosedBookQA, grade=exact_match)
 CONFIG = GeneratorConfig(backend="transformers", max_model_len=32)
 
 
@@ -42,20 +52,25 @@ def cluster(tmp_path_factory):
 def generators(cluster, folder):
     """A real vLLM engine and a transformers one behind the same actor."""
     actors = [
-        GeneratorActor.options(num_cpus=0.5, max_concurrency=8).remote(config, folder)
+        GeneratorActor.options(num_cpus=0.5).remote(config, folder)
         for config in (GeneratorConfig(max_model_len=32, kv_cache_gib=0.125), CONFIG)
     ]
     ray.get([actor.setup.remote() for actor in actors])
     return actors
 
 
+class Worker:
+    """A worker actor and the generators it is told to use."""
+
+    def __init__(self, folder, generators):
+        self.actor = RolloutWorkerActor.options(num_cpus=0.1).remote(folder, MAKE_ENV)
+        self.generators = generators
+        ray.get(self.actor.setup.remote())
+
+
 @pytest.fixture(scope="module")
 def worker(generators, folder):
-    actor = RolloutWorkerActor.options(num_cpus=0.5).remote(
-        folder, generators, reward="exact_match"
-    )
-    ray.get(actor.setup.remote())
-    return actor
+    return Worker(folder, generators)
 
 
 def load(folder):
@@ -78,12 +93,22 @@ def sampling(*, temperature=1.0, max_new_tokens=4):
     return SamplingParams(temperature=temperature, max_new_tokens=max_new_tokens)
 
 
-def collect(worker, asked, *, group_size=4, params=None, step=2, seed=11):
-    return ray.get(
-        worker.collect.remote(
-            asked, group_size=group_size, sampling=params or sampling(), step=step, seed=seed
-        )
+def plan(*, group_size=4, params=None, seed=11):
+    return RolloutPlan(
+        group_size=group_size, sampling=params or sampling(), seed=seed, env_timeout_s=10
     )
+
+
+def tasks(asked, *, step=2):
+    return [GroupTask(group_id=f"{step}/{e.question_id}", example=e) for e in asked]
+
+
+def collect(worker, asked, *, step=2, **settings):
+    share = ray.get(
+        worker.actor.collect.remote(tasks(asked, step=step), worker.generators, plan(**settings))
+    )
+    assert share.lost_generators == []
+    return list(share.groups.values())
 
 
 def test_groups_come_in_order_with_every_rollout_completed_and_versioned(
@@ -149,16 +174,17 @@ def test_a_prompt_that_does_not_fit_fails_alone(worker):
     assert (failed.reward, failed.policy_version) == (None, -1)
 
 
-def test_a_dead_generator_gives_failed_rollouts_and_no_exception(cluster, folder):
-    generator = GeneratorActor.options(num_cpus=0.1).remote(CONFIG, folder)
-    ray.get(generator.setup.remote())
-    ray.kill(generator)
-    worker = RolloutWorkerActor.options(num_cpus=0.1).remote(
-        folder, [generator], reward="exact_match"
+def test_groups_of_a_dead_generator_are_missing_and_it_is_named(generators, folder):
+    dead = GeneratorActor.options(num_cpus=0.1).remote(CONFIG, folder)
+    ray.get(dead.setup.remote())
+    ray.kill(dead)
+    worker = Worker(folder, [dead, generators[1]])
+    share = ray.get(
+        worker.actor.collect.remote(tasks(examples(4)), worker.generators, plan(group_size=1))
     )
-    group = collect(worker, examples(1), group_size=2)[0]
-    assert {rollout.status for rollout in group.rollouts} == {RolloutStatus.GENERATION_ERROR}
-    assert "Actor" in group.rollouts[0].error
+    # Single-rollout groups are dealt round: every second one went to the dead generator.
+    assert list(share.groups) == ["2/q1", "2/q3"]
+    assert share.lost_generators == [0]
 
 
 class RecordingHandle:
@@ -191,22 +217,29 @@ def test_prompts_of_one_tick_are_one_call_per_generator_dealt_round():
 
 def test_all_rollouts_of_a_collect_leave_in_one_call(folder):
     handle = RecordingHandle()
-    shell = RolloutWorkerShell(folder, [handle], reward="exact_match")
-    groups = asyncio.run(
-        shell.collect(examples(6), group_size=8, sampling=sampling(), step=0, seed=0)
-    )
-    assert len(groups) == 6
+    shell = RolloutWorkerShell(folder, MAKE_ENV)
+    share = asyncio.run(shell.collect(tasks(examples(6)), [handle], plan(group_size=8)))
+    assert len(share.groups) == 6
     assert [len(call) for call in handle.calls] == [48]
 
 
-def test_an_unknown_reward_is_refused_with_the_known_ones(folder):
-    with pytest.raises(ConfigError, match="exact_match"):
-        RolloutWorkerShell(folder, [RecordingHandle()], reward="bleu")
+def test_a_lost_generator_is_an_error_of_its_own_for_each_prompt():
+    from ray.exceptions import RayActorError
+
+    class Dead(RecordingHandle):
+        async def remote(self, prompts, params):
+            raise RayActorError()
+
+    async def run():
+        batcher = GenerateBatcher([Dead()])
+        with pytest.raises(ActorLostError):
+            await batcher.generate([1], sampling())
+        assert batcher.lost == {0}
+
+    asyncio.run(run())
 
 
 def test_a_generator_actor_must_be_set_up_first(folder):
     shell = GeneratorShell(CONFIG, folder)
     with pytest.raises(ClusterError, match="setup"):
-        shell.generate([[5]], [sampling()])
-    with pytest.raises(ClusterError, match="setup"):
-        shell.version()
+        asyncio.run(shell.generate([[5]], [sampling()]))

@@ -1,23 +1,29 @@
 """Real actors: vLLM generator, learner, weight sync through the object store."""
 
 import asyncio
+from functools import partial
 
 import pytest
 import ray
 import torch
 
+from past_ray.config.algorithm import KLConfig
 from past_ray.config.rl import RLConfig
 from past_ray.config.runtime import GeneratorConfig, RuntimeConfig
+from past_ray.envs.closed_book_qa import ClosedBookQA
 from past_ray.errors import ClusterError, ParityError
 from past_ray.rl.types import SamplingParams
+from past_ray.runtime.rollout_worker import GroupTask, RolloutPlan
 from past_ray.runtime.session import RLSession
 from past_ray.skill.checkpoint import load_weights
 from past_ray.tasks.examples import QAExample
+from past_ray.tasks.grading import exact_match
 from tests.tiny_model import make_tiny_model
 
 pytestmark = pytest.mark.ray
 
-RL = RLConfig(kl_coefficient=0.0, temperature=0.7)
+RL = RLConfig(kl=KLConfig(coefficient=0.0), temperature=0.7)
+MAKE_ENV = partial(ClosedBookQA, grade=exact_match)
 GREEDY = SamplingParams(temperature=0.0, max_new_tokens=4)
 EXAMPLES = [
     QAExample(question_id=f"q{i}", messages=({"role": "user", "content": text},), answer="paris")
@@ -67,14 +73,20 @@ def loop():
 
 @pytest.fixture(scope="module")
 def session(cluster, folder, loop):
-    opened = RLSession(runtime(), RL, model_folder=folder, reward="exact_match")
+    opened = RLSession(runtime(), RL, model_folder=folder, make_env=MAKE_ENV)
     loop.run(opened.open())
     yield opened
     opened.close()
 
 
+def collect(session, loop, *, group_size: int):
+    tasks = [GroupTask(group_id=f"0/{e.question_id}", example=e) for e in EXAMPLES]
+    plan = RolloutPlan(group_size=group_size, sampling=GREEDY, seed=0, env_timeout_s=10)
+    return loop.run(session.collect(tasks, plan, is_exact=True))
+
+
 def answers(session, loop) -> list[list[int]]:
-    groups = loop.run(session.collect(EXAMPLES, group_size=1, sampling=GREEDY, step=0, seed=0))
+    groups = collect(session, loop, group_size=1)
     return [group.rollouts[0].turns[0].completion.token_ids for group in groups]
 
 
@@ -95,7 +107,7 @@ def test_evaluated_weights_answer_like_the_folder_they_came_from(session, folder
 
 def test_rollouts_carry_the_version_of_the_weights(session, folder, loop):
     loop.run(session.load_generators(load_weights(folder), policy_version=17))
-    groups = loop.run(session.collect(EXAMPLES, group_size=2, sampling=GREEDY, step=0, seed=0))
+    groups = collect(session, loop, group_size=2)
     assert [group.question_id for group in groups] == ["q0", "q1"]
     assert {rollout.policy_version for group in groups for rollout in group.rollouts} == {17}
 
@@ -113,7 +125,7 @@ def test_a_generator_in_16_bit_fails_the_parity_probe(cluster, folder, loop, ses
         runtime(backend="transformers", dtype="bfloat16"),
         RL,
         model_folder=folder,
-        reward="exact_match",
+        make_env=MAKE_ENV,
     )
     loop.run(coarse.open())
     try:
@@ -130,7 +142,7 @@ def test_actors_that_cannot_be_placed_fail_with_numbers_not_with_a_hang(cluster,
         runtime().model_copy(update={"cpus_per_generator": 7.0, "placement_timeout_s": 3.0}),
         RL,
         model_folder=folder,
-        reward="exact_match",
+        make_env=MAKE_ENV,
     )
     with pytest.raises(ClusterError, match=r"they ask for 7\.6 CPUs.*free now are"):
         loop.run(wanting.open())

@@ -99,9 +99,9 @@ def test_after_an_update_it_equals_a_fresh_model_with_the_new_weights(fresh, fol
 
 def test_the_prefix_cache_never_survives_an_update(fresh, folder):
     def newly_cached():
-        before = fresh.num_cached_prompt_tokens
+        before = fresh.stats().num_cached_prompt_tokens
         completion = fresh.generate([LONG_PROMPT], [sampling()])[0]
-        return fresh.num_cached_prompt_tokens - before, completion
+        return fresh.stats().num_cached_prompt_tokens - before, completion
 
     newly_cached()
     assert newly_cached()[0] == 128

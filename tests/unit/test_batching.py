@@ -1,26 +1,28 @@
+import math
 import pickle
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from past_ray.config.algorithm import DAPOConfig, DrGRPOConfig, OverlongConfig
+from past_ray.config.rl import RLConfig
 from past_ray.errors import DataError
 from past_ray.rl.batching import (
-    PADDING_ID,
     build_train_sample,
     build_train_samples,
-    count_loss_tokens,
-    filler_micro_batch,
-    micro_batches,
+    is_constant_group,
     split_over_ranks,
 )
+from past_ray.rl.objective import count_totals
 from past_ray.rl.types import Completion, Rollout, RolloutGroup, RolloutStatus, TrainSample, Turn
 
 LENGTHS = st.lists(st.integers(2, 30), max_size=25)
 
 
-def turn(prompt_ids: list[int], token_ids: list[int], finish_reason: str = "stop") -> Turn:
+def turn(
+    prompt_ids: list[int], token_ids: list[int], reward: float = 0.0, finish_reason: str = "stop"
+) -> Turn:
     return Turn(
         prompt_ids=prompt_ids,
         completion=Completion(
@@ -29,6 +31,7 @@ def turn(prompt_ids: list[int], token_ids: list[int], finish_reason: str = "stop
             finish_reason=finish_reason,
             policy_version=3,
         ),
+        reward=reward,
     )
 
 
@@ -43,12 +46,16 @@ def rollout(reward: float | None, *turns: Turn) -> Rollout:
     )
 
 
+def two_turns(first: float, second: float) -> Rollout:
+    return rollout(first + second, turn([5, 6], [7], first), turn([8], [9, 2], second))
+
+
 def group(*rollouts: Rollout) -> RolloutGroup:
     return RolloutGroup(question_id="q", rollouts=list(rollouts))
 
 
-def sample(length: int, num_sampled: int = 1, first_id: int = 10) -> TrainSample:
-    mask = [index >= length - num_sampled for index in range(length)]
+def sample(length: int, first_id: int = 10) -> TrainSample:
+    mask = [index == length - 1 for index in range(length)]
     return TrainSample(
         token_ids=list(range(first_id, first_id + length)),
         loss_mask=mask,
@@ -57,42 +64,116 @@ def sample(length: int, num_sampled: int = 1, first_id: int = 10) -> TrainSample
     )
 
 
-def build(*groups: RolloutGroup, keep_constant_groups: bool = False) -> list[TrainSample]:
-    return build_train_samples(
-        groups, scale_by_std=False, keep_constant_groups=keep_constant_groups
+def config(**changes: object) -> RLConfig:
+    """Advantages are differences to the mean, and nothing acts on constant groups."""
+    plain = {"algorithm": DrGRPOConfig(), "kl": {"coefficient": 0.0}}
+    return RLConfig.model_validate({**plain, **changes})
+
+
+def build(*groups: RolloutGroup, **changes: object) -> list[TrainSample]:
+    return build_train_samples(groups, rl=config(**changes))
+
+
+def last_advantages(samples: list[TrainSample]) -> list[float]:
+    return [built.advantages[-1] for built in samples]
+
+
+def test_turns_are_laid_out_with_the_ids_that_were_sampled_and_their_own_advantage():
+    built = build_train_sample(
+        rollout(1.0, turn([5, 6], [7, 2]), turn([8], [9, 2])), advantages=[0.7, 0.3]
     )
-
-
-def test_turns_are_laid_out_with_the_ids_that_were_sampled():
-    built = build_train_sample(rollout(1.0, turn([5, 6], [7, 2]), turn([8], [9, 2])), advantage=0.7)
     assert built == TrainSample(
         token_ids=[5, 6, 7, 2, 8, 9, 2],
         loss_mask=[False, False, True, True, False, True, True],
         generator_logprobs=[0.0, 0.0, -0.5, -1.0, 0.0, -0.5, -1.0],
-        advantages=[0.0, 0.0, 0.7, 0.7, 0.0, 0.7, 0.7],
+        advantages=[0.0, 0.0, 0.7, 0.7, 0.0, 0.3, 0.3],
     )
 
 
 def test_failed_rollouts_are_left_out_before_the_baseline():
-    samples = build(group(rollout(1.0), rollout(None), rollout(0.0)))
     # With the failed one scored 0 the mean would be 1/3.
-    assert [s.advantages[-1] for s in samples] == [0.5, -0.5]
+    samples = build(group(rollout(1.0), rollout(None), rollout(0.0)))
+    assert last_advantages(samples) == [0.5, -0.5]
+
+
+def test_only_dr_grpo_does_not_divide_by_the_deviation():
+    spread = group(rollout(1.0), rollout(0.0))
+    scaled = build(spread, algorithm={"kind": "grpo"})
+    assert last_advantages(scaled) == pytest.approx([0.5**0.5, -(0.5**0.5)], abs=2e-6)
+    assert last_advantages(build(spread)) == [0.5, -0.5]
 
 
 def test_group_of_failures_gives_no_sample():
-    assert build(group(rollout(None)), group(), keep_constant_groups=True) == []
+    assert build(group(rollout(None)), group(), kl={"coefficient": 0.1}) == []
 
 
 def test_constant_group_is_dropped_and_its_tokens_are_not_counted():
-    constant = group(rollout(0.3), rollout(0.3))
-    spread = group(rollout(0.3), rollout(0.4))
-    assert count_loss_tokens(build(constant, spread)) == 2
+    samples = build(group(rollout(0.3), rollout(0.3)), group(rollout(0.3), rollout(0.4)))
+    totals = count_totals(samples, rollout_token_limit=8)
+    assert (totals.num_loss_tokens, totals.num_rollouts) == (2, 2)
 
 
-def test_constant_group_is_kept_with_zero_advantage_for_the_kl_penalty():
-    samples = build(group(rollout(0.3), rollout(0.3)), keep_constant_groups=True)
-    assert count_loss_tokens(samples) == 2
+@pytest.mark.parametrize("acting", [{"kl": {"coefficient": 0.1}}, {"entropy_coefficient": 0.1}])
+def test_constant_group_is_kept_with_zero_advantage_for_what_still_acts_on_it(acting):
+    samples = build(group(rollout(0.3), rollout(0.3)), **acting)
     assert [s.advantages for s in samples] == [[0.0, 0.0, 0.0]] * 2
+    assert count_totals(samples, rollout_token_limit=8).num_loss_tokens == 2
+
+
+def test_spread_is_exact_so_continuous_rewards_are_not_taken_for_equal():
+    assert is_constant_group(group(*[rollout(0.1)] * 7), rl=config())
+    nearly = math.nextafter(0.1, 1)
+    assert not is_constant_group(group(*[rollout(0.1)] * 6, rollout(nearly)), rl=config())
+
+
+def test_group_is_constant_with_fewer_than_two_graded_rollouts():
+    assert is_constant_group(group(rollout(1.0), rollout(None)), rl=config())
+    assert is_constant_group(group(rollout(None)), rl=config())
+
+
+def test_turns_are_compared_by_what_they_still_earn():
+    samples = build(group(two_turns(1, 0), two_turns(0, 1)), advantage="turn")
+    # Both earn 1 from the start; at the second turn the second rollout still earns 1.
+    assert [s.advantages for s in samples] == [
+        [0, 0, 0.0, 0, -0.5, -0.5],
+        [0, 0, 0.0, 0, 0.5, 0.5],
+    ]
+
+
+def test_group_with_equal_sums_is_constant_by_rollout_but_not_by_turn():
+    same_sum = group(two_turns(1, 0), two_turns(0, 1))
+    assert is_constant_group(same_sum, rl=config())
+    assert not is_constant_group(same_sum, rl=config(advantage="turn"))
+
+
+def test_turn_rewards_that_do_not_make_up_the_reward_are_refused():
+    unset = rollout(1.0, turn([5], [7]), turn([8], [9]))
+    with pytest.raises(DataError, match=r"must add up to its reward 1.0, found 0.0"):
+        build(group(unset, two_turns(0, 1)), advantage="turn")
+
+
+OVERLONG = {
+    "algorithm": DAPOConfig(overlong=OverlongConfig(buffer_tokens=2, penalty=0.5)),
+    "max_new_tokens": 4,
+}
+
+
+def test_overlong_answer_loses_reward_before_it_is_compared():
+    # Lengths 2, 3 and 4 of at most 4 lose 0, 0.25 and 0.5, so rewards become 1, 0.75, 0.5.
+    lengths = [rollout(1.0, turn([5], list(range(10, 10 + n)))) for n in (2, 3, 4)]
+    samples = build(group(*lengths), **OVERLONG)
+    # Their sample deviation is 0.25.
+    assert last_advantages(samples) == pytest.approx([1, 0, -1], abs=1e-5)
+    assert build(group(*lengths)) == []
+
+
+def test_overlong_turn_loses_reward_where_it_happened():
+    long_first = rollout(1.0, turn([5], [1, 2, 3, 4]), turn([8], [9], 1.0))
+    long_last = rollout(1.0, turn([5], [1]), turn([8], [9, 2, 3, 4], 1.0))
+    first, last = build(group(long_first, long_last), advantage="turn", **OVERLONG)
+    # From the start both lose 0.5; from the second turn on only the second rollout does.
+    assert first.advantages[1:5] == [0.0] * 4
+    assert first.advantages[-1] > 0 > last.advantages[-1]
 
 
 def test_truncated_completion_trains_to_its_last_token():
@@ -101,14 +182,26 @@ def test_truncated_completion_trains_to_its_last_token():
     assert samples[0].loss_mask == [False, True, True]
 
 
+def test_mask_comes_from_lengths_whatever_the_ids_are():
+    # 0 pads batches and 2 ends sequences; both were sampled here, and both were prompted.
+    built = build_train_sample(rollout(1.0, turn([0, 2], [0, 2])), advantages=[1.0])
+    assert built.loss_mask == [False, False, True, True]
+
+
 def test_empty_completion_counts_for_the_baseline_only():
     samples = build(group(rollout(1.0, turn([5], [])), rollout(0.0)))
-    assert [s.advantages[-1] for s in samples] == [-0.5]
+    assert last_advantages(samples) == [-0.5]
+
+
+@pytest.mark.parametrize("reward", [math.nan, math.inf])
+def test_reward_that_is_no_number_is_refused(reward: float):
+    with pytest.raises(DataError, match="must have a finite reward"):
+        build(group(rollout(reward), rollout(0.0)))
 
 
 def test_rollout_without_prompt_is_refused():
     with pytest.raises(DataError, match="must start with prompt tokens"):
-        build_train_sample(rollout(1.0, turn([], [7])), advantage=1.0)
+        build_train_sample(rollout(1.0, turn([], [7])), advantages=[1.0])
 
 
 def test_missing_logprobs_are_refused_with_both_counts():
@@ -117,50 +210,7 @@ def test_missing_logprobs_are_refused_with_both_counts():
     )
     broken = rollout(1.0, Turn(prompt_ids=[5], completion=completion))
     with pytest.raises(DataError, match="got 1 for 2"):
-        build_train_sample(broken, advantage=1.0)
-
-
-def test_end_of_sequence_that_equals_the_padding_id_still_trains():
-    built = build_train_sample(rollout(1.0, turn([5, 6], [7, PADDING_ID])), advantage=1.0)
-    (batch,) = micro_batches([built, sample(6)], max_tokens=100)
-    row = batch.indices.index(0)
-    assert batch.loss_mask[row].tolist() == [False, False, True, True, False, False]
-    assert batch.attention_mask[row].tolist() == [1, 1, 1, 1, 0, 0]
-
-
-def test_padding_is_on_the_right_and_carries_nothing():
-    (batch,) = micro_batches([sample(2, first_id=20), sample(4)], max_tokens=100)
-    assert batch.indices == [1, 0]
-    assert batch.token_ids.tolist() == [[10, 11, 12, 13], [20, 21, PADDING_ID, PADDING_ID]]
-    assert batch.generator_logprobs.tolist() == [[0, 0, 0, -1], [0, -1, 0, 0]]
-    assert batch.advantages.tolist() == [[0, 0, 0, 2], [0, 2, 0, 0]]
-    assert batch.first_loss_position == 1
-
-
-def test_padded_tokens_stay_within_the_budget():
-    batches = micro_batches([sample(n) for n in (9, 3, 8, 2, 2)], max_tokens=10)
-    # 9 alone; 8 alone, since 2 * 8 > 10; then 3, 2, 2 as 3 rows of 3.
-    assert [batch.indices for batch in batches] == [[0], [2], [1, 3, 4]]
-
-
-def test_sample_longer_than_the_budget_goes_alone():
-    batches = micro_batches([sample(20), sample(3)], max_tokens=10)
-    assert [tuple(batch.token_ids.shape) for batch in batches] == [(1, 20), (1, 3)]
-
-
-@given(lengths=LENGTHS, max_tokens=st.integers(1, 100))
-@settings(max_examples=60, deadline=None)
-def test_every_sample_is_in_exactly_one_micro_batch(lengths: list[int], max_tokens: int):
-    samples = [sample(n, first_id=index) for index, n in enumerate(lengths)]
-    batches = micro_batches(samples, max_tokens=max_tokens)
-    assert sorted(i for batch in batches for i in batch.indices) == list(range(len(samples)))
-    assert sum(int(batch.loss_mask.sum()) for batch in batches) == count_loss_tokens(samples)
-    for batch in batches:
-        assert batch.token_ids.numel() <= max_tokens or len(batch.indices) == 1
-        for index, row, attended in zip(
-            batch.indices, batch.token_ids, batch.attention_mask.bool(), strict=True
-        ):
-            assert row[attended].tolist() == samples[index].token_ids
+        build_train_sample(broken, advantages=[1.0])
 
 
 @given(lengths=LENGTHS, num_ranks=st.integers(1, 5))
@@ -181,15 +231,5 @@ def test_one_rank_gets_the_samples_in_their_order():
     assert split_over_ranks(samples, 1) == [samples]
 
 
-def test_filler_trains_nothing_but_has_a_token_to_predict():
-    filler = filler_micro_batch()
-    assert filler.indices == []
-    assert not filler.loss_mask.any()
-    assert filler.token_ids.shape == (1, 2)
-
-
 def test_samples_cross_processes():
     assert pickle.loads(pickle.dumps(sample(4))) == sample(4)
-    assert torch.equal(
-        pickle.loads(pickle.dumps(filler_micro_batch())).token_ids, filler_micro_batch().token_ids
-    )

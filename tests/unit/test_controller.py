@@ -1,108 +1,22 @@
 """The RL loop over a session that records what it is asked to do."""
 
-import asyncio
 import json
-from dataclasses import replace
-from pathlib import Path
+import os
+import signal
 
 import pytest
+from past_ray.rl.rollout_table import read_rollouts
 
 from past_ray.config.rl import RLConfig
-from past_ray.errors import ClusterError, DataError
-from past_ray.rl.types import Completion, Rollout, RolloutGroup, RolloutStatus, Turn
-from past_ray.runtime.controller import RLRun, train_grpo
-from past_ray.runtime.session import SyncResult
-from past_ray.tasks.examples import QAExample
+from past_ray.errors import ClusterError, DataError, PastRayError
+from tests.fake_session import FakeSession, examples, train
 
-EXAMPLES = [
-    QAExample(question_id=f"q{i}", messages=({"role": "user", "content": "?"},), answer="a")
-    for i in range(5)
-]
 RL = RLConfig(num_steps=4, prompts_per_step=2, group_size=2, checkpoint_every_steps=2)
 
 
-class RecordingSession:
-    """Stands where RLSession stands; rollouts have the version of the last sync."""
-
-    def __init__(self, *, version_lag: int = 0, num_failed: int = 0) -> None:
-        self.events: list[str] = []
-        self.questions: list[list[str]] = []
-        self._version_lag = version_lag
-        self._num_failed = num_failed
-        self._synced = -1
-
-    async def load_learners(self, checkpoint, *, reference, resume_from):
-        self.events.append(f"load {resume_from.name if resume_from else checkpoint.name}")
-        return int(resume_from.name.removeprefix("step-")) if resume_from else 0
-
-    async def collect(self, examples, *, group_size, sampling, step, seed):
-        self.events.append(f"collect {step}")
-        self.questions.append([example.question_id for example in examples])
-        failures = iter([True] * self._num_failed)
-        return [
-            RolloutGroup(
-                question_id=example.question_id,
-                rollouts=[
-                    self._rollout(i, is_failed=next(failures, False)) for i in range(group_size)
-                ],
-            )
-            for example in examples
-        ]
-
-    def _rollout(self, index: int, *, is_failed: bool) -> Rollout:
-        version = self._synced - self._version_lag
-        completion = Completion(
-            token_ids=[7], logprobs=[-0.1], finish_reason="stop", policy_version=version
-        )
-        rollout = Rollout(
-            rollout_id=str(index),
-            turns=[Turn(prompt_ids=[1], completion=completion)],
-            answer="a",
-            reward=float(index % 2),
-            status=RolloutStatus.COMPLETED,
-            policy_version=version,
-        )
-        if not is_failed:
-            return rollout
-        return replace(
-            rollout,
-            turns=[],
-            reward=None,
-            status=RolloutStatus.GENERATION_ERROR,
-            policy_version=-1,
-            error="prompt too long",
-        )
-
-    async def train_step(self, samples):
-        self.events.append(f"train {len(samples)}")
-        return {"loss": 0.5}
-
-    async def sync_weights(self, policy_version, *, probe):
-        self.events.append(f"sync {policy_version}")
-        self._synced = policy_version
-        return SyncResult(seconds=0.0, logprob_gap=0.0)
-
-    async def save_learners(self, folder: Path):
-        self.events.append(f"save {folder.name}")
-        folder.mkdir(parents=True)
-
-
-def train(session, work_dir: Path, *, rl: RLConfig = RL, examples=EXAMPLES, keep=()):
-    run = RLRun(
-        init_folder=Path("init"),
-        reference_folder=Path("sft"),
-        work_dir=work_dir,
-        seed=0,
-        keep_steps=keep,
-    )
-    rows: list[dict] = []
-    train_rl = train_grpo(session, run, rl, examples=examples, probe=[[1]], on_step=rows.append)
-    return asyncio.run(train_rl), rows
-
-
 def test_every_step_samples_with_the_weights_of_the_step_before(tmp_path):
-    session = RecordingSession()
-    train(session, tmp_path, rl=RL.model_copy(update={"num_steps": 2}))
+    session = FakeSession()
+    train(session, tmp_path, rl=RL.model_copy(update={"num_steps": 2}), examples=examples(5))
     assert session.events == [
         "load init",
         "sync 0",
@@ -112,21 +26,22 @@ def test_every_step_samples_with_the_weights_of_the_step_before(tmp_path):
 
 
 def test_an_epoch_asks_every_question_once(tmp_path):
-    session = RecordingSession()
-    train(session, tmp_path, examples=EXAMPLES[:4])
+    session = FakeSession()
+    train(session, tmp_path, rl=RL, examples=examples(4))
     first_epoch = session.questions[0] + session.questions[1]
     assert sorted(first_epoch) == ["q0", "q1", "q2", "q3"]
 
 
 def test_a_run_continues_from_its_newest_checkpoint_with_the_same_questions(tmp_path):
-    whole = RecordingSession()
-    train(whole, tmp_path / "whole")
-    first = RecordingSession()
-    train(first, tmp_path / "cut", rl=RL.model_copy(update={"num_steps": 2}))
+    whole = FakeSession()
+    train(whole, tmp_path / "whole", rl=RL, examples=examples(5))
+    first = FakeSession()
+    short = RL.model_copy(update={"num_steps": 2})
+    train(first, tmp_path / "cut", rl=short, examples=examples(5))
     with (tmp_path / "cut" / "metrics.jsonl").open("a") as log:
         log.write(json.dumps({"step": 3, "loss": 9.0}) + "\n")  # Its checkpoint was never written.
-    second = RecordingSession()
-    train(second, tmp_path / "cut")
+    second = FakeSession()
+    train(second, tmp_path / "cut", rl=RL, examples=examples(5))
     assert second.events[:3] == ["load step-000002", "sync 2", "collect 2"]
     assert first.questions + second.questions == whole.questions
     logged = (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()
@@ -135,27 +50,110 @@ def test_a_run_continues_from_its_newest_checkpoint_with_the_same_questions(tmp_
 
 
 def test_only_the_newest_and_the_wanted_checkpoints_stay(tmp_path):
-    last, _ = train(RecordingSession(), tmp_path, keep=(1,))
+    last, _ = train(FakeSession(), tmp_path, rl=RL, examples=examples(5), keep=(1,))
     assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-000001", "step-000004"]
     assert last == tmp_path / "step-000004"
 
 
+def test_a_torn_checkpoint_is_passed_over_for_the_one_before(tmp_path):
+    train(FakeSession(), tmp_path, rl=RL, examples=examples(5), keep=(2,))
+    (tmp_path / "step-000004" / "learner.json").write_text("4444")
+    again = FakeSession()
+    train(again, tmp_path, rl=RL, examples=examples(5))
+    assert again.events[:2] == ["load step-000002", "sync 2"]
+    assert (tmp_path / "torn-step-000004").is_dir()
+    assert (tmp_path / "step-000004").is_dir()
+
+
 def test_rollouts_of_older_weights_stop_the_run(tmp_path):
     with pytest.raises(ClusterError, match=r"found versions \[-1\].*missed a weight sync"):
-        train(RecordingSession(version_lag=1), tmp_path)
+        train(FakeSession(version_lag=1), tmp_path, rl=RL, examples=examples(5))
 
 
 def test_too_many_failed_rollouts_stop_the_run_with_the_first_error(tmp_path):
     with pytest.raises(ClusterError, match=r"1 of 4 did in step 0; first: prompt too long"):
-        train(RecordingSession(num_failed=1), tmp_path)
+        train(FakeSession(num_failed=1), tmp_path, rl=RL, examples=examples(5))
 
 
 def test_few_failed_rollouts_are_data(tmp_path):
     rl = RL.model_copy(update={"max_rollout_error_frac": 0.5})
-    _, rows = train(RecordingSession(num_failed=1), tmp_path, rl=rl)
+    _, rows = train(FakeSession(num_failed=1), tmp_path, rl=rl, examples=examples(5))
     assert rows[0]["error_frac"] == 0.25
 
 
 def test_more_prompts_than_questions_are_refused(tmp_path):
     with pytest.raises(DataError, match="got 2 over 1 questions"):
-        train(RecordingSession(), tmp_path, examples=EXAMPLES[:1])
+        train(FakeSession(), tmp_path, rl=RL, examples=examples(1))
+
+
+def test_a_run_without_any_spread_stops_with_a_diagnosis(tmp_path):
+    rl = RL.model_copy(update={"max_constant_steps": 2})
+    with pytest.raises(DataError) as error:
+        train(FakeSession(rewards=(0.0,)), tmp_path, rl=rl, examples=examples(5))
+    message = str(error.value)
+    assert "in 2 steps in a row up to step 1" in message
+    assert "Mean reward 0" in message
+    assert "raise rl.temperature" in message
+    assert "'a'" in message
+
+
+def test_a_step_with_spread_in_between_resets_the_count(tmp_path):
+    rl = RL.model_copy(update={"max_constant_steps": 3})
+    constant = {"q0", "q1", "q2"}  # Two of five questions have a spread, so some steps do.
+    train(FakeSession(constant_questions=constant), tmp_path, rl=rl, examples=examples(5))
+
+
+def test_lost_learners_go_back_to_the_last_checkpoint_by_themselves(tmp_path):
+    session = FakeSession(lose_learner_at=[3])
+    train(session, tmp_path, rl=RL, examples=examples(5))
+    at = session.events.index("restart learners")
+    assert session.events[at - 2 : at] == ["collect 3", "train 4"]
+    assert session.events[at + 1 : at + 4] == ["load step-000002", "sync 2", "collect 2"]
+    assert [version for version, _ in session.trained] == [0, 1, 2, 2, 3]
+    logged = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in logged] == [1, 2, 3, 4]
+
+
+def test_learners_lost_before_the_first_checkpoint_begin_anew(tmp_path):
+    session = FakeSession(lose_learner_at=[0])
+    train(session, tmp_path, rl=RL, examples=examples(5))
+    assert [version for version, _ in session.trained] == [0, 1, 2, 3]
+
+
+def test_the_rollouts_of_every_step_are_on_disk(tmp_path):
+    session = FakeSession()
+    train(session, tmp_path, rl=RL, examples=examples(5))
+    for step in range(4):
+        groups = read_rollouts(tmp_path, step + 1)
+        ids = [rollout.rollout_id for group in groups for rollout in group.rollouts]
+        assert ids == [f"{step}/{q}/{i}" for q in session.questions[step] for i in range(2)]
+
+
+def test_sigterm_saves_a_checkpoint_and_the_same_command_continues(tmp_path):
+    class Terminated(FakeSession):
+        async def train_step(self, samples):
+            if self._version == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return await super().train_step(samples)
+
+    rl = RL.model_copy(update={"checkpoint_every_steps": 100})
+    with pytest.raises(PastRayError, match=r"saved step 3\. The same command continues it"):
+        train(Terminated(), tmp_path, rl=rl, examples=examples(5))
+    again = FakeSession()
+    train(again, tmp_path, rl=rl, examples=examples(5))
+    assert again.events[:2] == ["load step-000003", "sync 3"]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_notice_while_a_step_is_sampled_is_answered_at_once(tmp_path):
+    class Slow(FakeSession):
+        async def collect(self, tasks, plan, *, is_exact):
+            groups = await super().collect(tasks, plan, is_exact=is_exact)
+            if self._version == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+                await __import__("asyncio").sleep(3600)
+            return groups
+
+    rl = RL.model_copy(update={"checkpoint_every_steps": 100})
+    with pytest.raises(PastRayError, match="saved step 1"):
+        train(Slow(), tmp_path, rl=rl, examples=examples(5))

@@ -1,9 +1,9 @@
 """Log-probabilities, gradients and steps of the GRPO learner."""
 
 import json
-import logging
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from past_ray.config.rl import RLConfig
 from past_ray.config.sft import LoraConfig
 from past_ray.engine.learner import GRPOLearner
 from past_ray.errors import ConfigError, DataError, PastRayError
 from past_ray.rl.advantages import group_advantages
-from past_ray.rl.batching import count_loss_tokens
+from past_ray.rl.objective import StepTotals
 from past_ray.rl.types import TrainSample
 from tests.tiny_learner import (
+    LORA,
     assert_same,
     checkpoint_fixture,  # noqa: F401
     make_learner,
@@ -28,6 +28,8 @@ from tests.tiny_learner import (
     plain_logprobs,
     step,
 )
+
+ALGORITHMS = ("grpo", "dr_grpo", "dapo", "gspo", "cispo")
 
 
 def gradients(learner: GRPOLearner, samples: list[TrainSample]) -> dict[str, Tensor]:
@@ -43,6 +45,15 @@ def gradients(learner: GRPOLearner, samples: list[TrainSample]) -> dict[str, Ten
     step(learner, samples)
     hook.remove()
     return seen
+
+
+def near_policy(checkpoint: Path) -> list[TrainSample]:
+    """Samples of a generator that is a little off, so that ratios are not 1."""
+    return on_policy(make_learner(checkpoint, temperature=1.02), make_samples())
+
+
+def without_advantages(samples: list[TrainSample]) -> list[TrainSample]:
+    return [replace(sample, advantages=[0.0] * len(sample.token_ids)) for sample in samples]
 
 
 def global_norm(gradient: dict[str, Tensor]) -> float:
@@ -79,12 +90,8 @@ def test_another_temperature_shows_as_a_gap(checkpoint: Path):
 def test_gap_ignores_prompt_tokens(checkpoint: Path):
     learner = make_learner(checkpoint)
     sample = make_samples()[0]
-    masked = TrainSample(
-        token_ids=sample.token_ids,
-        loss_mask=[False] * len(sample.token_ids),
-        generator_logprobs=[math.nan] * len(sample.token_ids),
-        advantages=sample.advantages,
-    )
+    size = len(sample.token_ids)
+    masked = replace(sample, loss_mask=[False] * size, generator_logprobs=[math.nan] * size)
     assert learner.logprob_gap([masked]) == 0.0
 
 
@@ -92,7 +99,10 @@ def test_gradient_is_that_of_policy_loss_plus_weighted_penalty(
     checkpoint: Path, other_checkpoint: Path
 ):
     learner = make_learner(
-        checkpoint, reference=other_checkpoint, kl_coefficient=0.5, max_tokens_per_micro_batch=24
+        checkpoint,
+        reference=other_checkpoint,
+        kl={"coefficient": 0.5, "gradient": "plain"},
+        max_tokens_per_micro_batch=24,
     )
     samples = on_policy(learner, make_samples())
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
@@ -108,17 +118,23 @@ def test_gradient_is_that_of_policy_loss_plus_weighted_penalty(
                 ratio = (logprob - logprob.detach()).exp()
                 total = total - ratio * sample.advantages[t]
                 total = total + 0.5 * (log_ratio.exp() - 1 - log_ratio)
-    (total / count_loss_tokens(samples)).backward()
+    (total / 14).backward()
     expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert_same(gradients(learner, samples), expected, atol=1e-6 * global_norm(expected))
 
 
-def test_micro_batch_budget_does_not_change_the_gradient(checkpoint: Path):
-    samples = on_policy(make_learner(checkpoint), make_samples())
-    whole = gradients(make_learner(checkpoint, max_tokens_per_micro_batch=10_000), samples)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("lora", [None, LORA])
+def test_micro_batch_budget_does_not_change_the_gradient(
+    checkpoint: Path, algorithm: str, lora: LoraConfig | None
+):
+    settings = {"algorithm": {"kind": algorithm}, "lora": lora, "entropy_coefficient": 0.1}
+    samples = near_policy(checkpoint)
+    whole = gradients(make_learner(checkpoint, max_tokens_per_micro_batch=99, **settings), samples)
     norm = global_norm(whole)
-    for max_tokens in (1, 20, 40):
-        learner = make_learner(checkpoint, max_tokens_per_micro_batch=max_tokens)
+    assert norm > 1e-3
+    for max_tokens in (1, 20):
+        learner = make_learner(checkpoint, max_tokens_per_micro_batch=max_tokens, **settings)
         assert_same(gradients(learner, samples), whole, atol=1e-6 * norm)
 
 
@@ -136,11 +152,23 @@ def test_gradient_checkpointing_and_model_dropout_do_not_change_the_gradient(
 
 
 def test_repeated_steps_on_one_batch_lower_its_loss(checkpoint: Path):
-    learner = make_learner(checkpoint, learning_rate=1e-3, clip_high=10.0, clip_low=0.99)
+    learner = make_learner(
+        checkpoint,
+        learning_rate=1e-3,
+        algorithm={"kind": "grpo", "clip_high": 10.0, "clip_low": 0.99},
+    )
     samples = on_policy(learner, make_samples())
     losses = [step(learner, samples)["policy_loss"] for _ in range(4)]
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < losses[0] - 0.1
+
+
+def test_entropy_bonus_alone_raises_the_entropy(checkpoint: Path):
+    learner = make_learner(checkpoint, learning_rate=1e-3, entropy_coefficient=1.0)
+    samples = without_advantages(on_policy(learner, make_samples()))
+    entropies = [step(learner, samples)["entropy"] for _ in range(3)]
+    assert entropies == sorted(entropies)
+    assert entropies[-1] > entropies[0] + 0.1
 
 
 def test_reward_of_a_bandit_goes_up(checkpoint: Path):
@@ -181,23 +209,15 @@ def test_reward_of_a_bandit_goes_up(checkpoint: Path):
 
 def test_penalty_alone_pulls_the_policy_to_the_reference(checkpoint: Path, other_checkpoint: Path):
     learner = make_learner(
-        checkpoint, reference=other_checkpoint, kl_coefficient=1.0, learning_rate=1e-3
+        checkpoint, reference=other_checkpoint, kl={"coefficient": 1.0}, learning_rate=1e-3
     )
-    samples = [
-        TrainSample(
-            token_ids=sample.token_ids,
-            loss_mask=sample.loss_mask,
-            generator_logprobs=sample.generator_logprobs,
-            advantages=[0.0] * len(sample.token_ids),
-        )
-        for sample in on_policy(learner, make_samples())
-    ]
+    samples = without_advantages(on_policy(learner, make_samples()))
     divergences = [step(learner, samples)["ref_kl"] for _ in range(5)]
     assert divergences[-1] < 0.8 * divergences[0]
 
 
 def test_policy_that_is_its_reference_has_no_penalty_gradient(checkpoint: Path):
-    learner = make_learner(checkpoint, reference=checkpoint, kl_coefficient=1.0)
+    learner = make_learner(checkpoint, reference=checkpoint, kl={"coefficient": 1.0})
     samples = on_policy(learner, make_samples())
     with_penalty = gradients(learner, samples)
     assert with_penalty
@@ -211,7 +231,9 @@ def test_gradient_is_clipped_to_the_global_norm(checkpoint: Path):
     assert global_norm(seen) == pytest.approx(0.01, rel=1e-3)
 
 
-def test_masters_are_fp32_under_bf16_so_that_small_steps_are_not_rounded_away(checkpoint: Path):
+def test_pitfall_11_masters_are_fp32_under_bf16_so_that_small_steps_are_not_rounded_away(
+    checkpoint: Path,
+):
     learner = make_learner(checkpoint, precision="bf16", learning_rate=1e-6)
     before = learner.export_weights()
     step(learner, on_policy(learner, make_samples()))
@@ -226,15 +248,18 @@ def test_step_without_loss_tokens_advances_the_version_only(checkpoint: Path):
     learner = make_learner(checkpoint, weight_decay=0.1)
     step(learner, on_policy(learner, make_samples()))
     before = learner.export_weights()
-    assert learner.train_step([], num_loss_tokens=0) == {"num_loss_tokens": 0.0}
+    nothing = StepTotals(num_loss_tokens=0, num_rollouts=0, rollout_token_limit=8)
+    assert learner.train_step([], totals=nothing) == {"num_loss_tokens": 0.0}
     assert learner.policy_version == 2
     assert_same(learner.export_weights(), before, atol=0)
 
 
-def test_wrong_count_of_loss_tokens_is_refused(checkpoint: Path):
+@pytest.mark.parametrize(("tokens", "rollouts"), [(13, 5), (14, 4)])
+def test_wrong_totals_are_refused(checkpoint: Path, tokens: int, rollouts: int):
     learner = make_learner(checkpoint)
-    with pytest.raises(DataError, match="got 13 for 14 tokens"):
-        learner.train_step(make_samples(), num_loss_tokens=13)
+    totals = StepTotals(num_loss_tokens=tokens, num_rollouts=rollouts, rollout_token_limit=8)
+    with pytest.raises(DataError, match=f"got {tokens} for 14 loss tokens and {rollouts} for 5"):
+        learner.train_step(make_samples(), totals=totals)
     assert learner.policy_version == 0
 
 
@@ -242,12 +267,7 @@ def test_nan_from_the_generator_leaves_the_weights_alone(checkpoint: Path):
     learner = make_learner(checkpoint)
     before = learner.export_weights()
     sample = make_samples()[0]
-    broken = TrainSample(
-        token_ids=sample.token_ids,
-        loss_mask=sample.loss_mask,
-        generator_logprobs=[math.nan] * len(sample.token_ids),
-        advantages=sample.advantages,
-    )
+    broken = replace(sample, generator_logprobs=[math.nan] * len(sample.token_ids))
     with pytest.raises(PastRayError, match="loss and gradient must be finite, got loss nan"):
         step(learner, [broken])
     assert_same(learner.export_weights(), before, atol=0)
@@ -255,16 +275,10 @@ def test_nan_from_the_generator_leaves_the_weights_alone(checkpoint: Path):
 
 
 def test_penalty_without_reference_is_refused(checkpoint: Path):
-    with pytest.raises(ConfigError, match=r"rl\.kl_coefficient"):
-        make_learner(checkpoint, kl_coefficient=0.1)
+    with pytest.raises(ConfigError, match=r"rl\.kl\.coefficient"):
+        make_learner(checkpoint, kl={"coefficient": 0.1})
 
 
 def test_adapter_dropout_is_refused(checkpoint: Path):
     with pytest.raises(ValueError, match=r"lora\.dropout must be 0 in RL"):
         make_learner(checkpoint, lora=LoraConfig(dropout=0.1))
-
-
-def test_k1_warns_that_it_does_nothing(checkpoint: Path, caplog: pytest.LogCaptureFixture):
-    with caplog.at_level(logging.WARNING):
-        GRPOLearner(RLConfig(kl_coefficient=0.1, kl_estimator="k1"), device="cpu")
-    assert "rl.kl_estimator=k1" in caplog.text

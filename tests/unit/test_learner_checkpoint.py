@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import get_peft_model_state_dict
 from transformers import AutoTokenizer
 
 from past_ray.config.sft import LoraConfig
@@ -131,3 +132,42 @@ def test_full_checkpoint_cannot_continue_an_adapter_run(checkpoint: Path, tmp_pa
     make_learner(checkpoint).save(tmp_path / "saved")
     with pytest.raises(StorageError, match=r"adapter\.pt"):
         make_learner(checkpoint, lora=LORA, resume_from=tmp_path / "saved")
+
+
+def test_adapter_export_merges_to_the_exported_weights(checkpoint: Path):
+    learner = make_learner(checkpoint, lora=LORA, learning_rate=1e-2)
+    step(learner, on_policy(learner, make_samples()))
+    adapter = learner.export_adapter()
+    assert adapter is not None
+    assert (adapter.rank, adapter.alpha) == (4, 8)
+    assert adapter.target_modules == ("q_proj", "v_proj")
+    assert len(adapter.tensors) == 2 * 2 * 2
+    weights, base = learner.export_weights(), make_learner(checkpoint).export_weights()
+    for layer in ("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.v_proj"):
+        prefix = f"base_model.model.{layer}"
+        up, down = (adapter.tensors[f"{prefix}.lora_{x}.weight"] for x in "BA")
+        assert up.abs().max() > 0
+        expected = base[f"{layer}.weight"] + 2 * up @ down
+        torch.testing.assert_close(weights[f"{layer}.weight"], expected)
+
+
+def test_adapter_export_has_the_names_of_peft_files(checkpoint: Path):
+    learner = make_learner(checkpoint, lora=LORA)
+    adapter = learner.export_adapter()
+    assert adapter is not None
+    assert adapter.tensors.keys() == get_peft_model_state_dict(learner._model).keys()
+
+
+def test_full_run_has_no_adapter_to_export(checkpoint: Path):
+    assert make_learner(checkpoint).export_adapter() is None
+
+
+def test_random_state_is_that_of_the_moment_of_saving(checkpoint: Path, tmp_path: Path):
+    learner = make_learner(checkpoint)
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        learner.save(tmp_path / "saved")
+        expected = torch.rand(3)
+        torch.manual_seed(6)
+        make_learner(checkpoint, resume_from=tmp_path / "saved")
+        assert torch.equal(torch.rand(3), expected)

@@ -1,54 +1,21 @@
 import asyncio
+import math
 
 import pytest
 
 from past_ray.envs.base import EnvStep
-from past_ray.envs.closed_book_qa import ClosedBookQA
-from past_ray.envs.rollout import Codec, completion_seed, run_group
-from past_ray.errors import GenerationError
-from past_ray.rl.types import Completion, RolloutStatus, SamplingParams
-from past_ray.tasks.examples import QAExample
-
-EXAMPLE = QAExample(question_id="q1", messages=({"role": "user", "content": "ab"},), answer="yes")
-SAMPLING = SamplingParams(temperature=1.0, max_new_tokens=4)
-
-
-def letters(messages):
-    return [ord(letter) for message in messages for letter in message["content"]]
-
-
-def text(token_ids):
-    return "".join(chr(token_id) for token_id in token_ids if token_id)
-
-
-CODEC = Codec(render=letters, decode=text, render_reply=letters)
-
-
-def answer_ids(answer, *, finish_reason="stop", policy_version=7):
-    token_ids = [*map(ord, answer), 0]
-    return Completion(
-        token_ids=token_ids,
-        logprobs=[-0.5] * len(token_ids),
-        finish_reason=finish_reason,
-        policy_version=policy_version,
-    )
-
-
-def roll_out(generate, *, grade=lambda answer, gold: float(answer == gold), codec=CODEC, **kwargs):
-    arguments = {
-        "make_env": lambda example: ClosedBookQA(example, grade),
-        "generate": generate,
-        "codec": codec,
-        "group_size": 2,
-        "sampling": SAMPLING,
-        "seed": 3,
-        "step": 5,
-    }
-    return asyncio.run(run_group(EXAMPLE, **(arguments | kwargs)))
-
-
-async def say_yes(prompt, sampling):
-    return answer_ids("yes")
+from past_ray.envs.rollout import Codec, completion_seed
+from past_ray.errors import ActorLostError, GenerationError
+from past_ray.rl.types import Completion, RolloutStatus
+from tests.rollout_groups import (
+    EXAMPLE,
+    answer_ids,
+    group_coroutine,
+    letters,
+    roll_out,
+    say_yes,
+    text,
+)
 
 
 def test_a_completed_rollout_holds_prompt_completion_answer_reward_and_version():
@@ -97,10 +64,11 @@ def test_a_grader_that_raises_excludes_the_rollout_but_keeps_what_was_sampled():
     assert "empty gold answer" in rollout.error
 
 
-@pytest.mark.parametrize("reward", [float("nan"), float("inf")])
-def test_a_reward_that_is_not_finite_is_a_grading_error(reward):
+@pytest.mark.parametrize("reward", [math.nan, math.inf, -math.inf, None, "much"])
+def test_a_reward_that_is_no_finite_number_is_a_grading_error(reward):
     rollout = roll_out(say_yes, grade=lambda answer, gold: reward).rollouts[0]
     assert (rollout.status, rollout.reward) == (RolloutStatus.GRADING_ERROR, None)
+    assert rollout.turns[0].completion == answer_ids("yes")
 
 
 def test_one_failed_rollout_leaves_the_rest_of_its_group_alone():
@@ -204,3 +172,85 @@ def test_several_turns_without_a_way_to_render_replies_is_a_failed_rollout():
     codec = Codec(render=letters, decode=text)
     rollout = roll_out(say_yes, make_env=TwoQuestions, codec=codec, max_turns=2).rollouts[0]
     assert "render_reply" in rollout.error
+
+
+def test_every_turn_keeps_its_reward_and_the_parts_add_up_over_turns():
+    class Parts:
+        def __init__(self, example):
+            self._steps = iter(
+                [
+                    EnvStep(reward=0.25, is_done=False, reward_parts={"form": 0.25}),
+                    EnvStep(reward=-1, is_done=True, reward_parts={"form": 0.5, "facts": -1.5}),
+                ]
+            )
+
+        def reset(self):
+            return list(EXAMPLE.messages)
+
+        def step(self, answer):
+            return next(self._steps)
+
+    rollout = roll_out(say_yes, make_env=Parts, group_size=1, max_turns=2).rollouts[0]
+    assert [turn.reward for turn in rollout.turns] == [0.25, -1.0]
+    assert rollout.reward == -0.75
+    assert rollout.reward_parts == {"form": 0.75, "facts": -1.5}
+
+
+def test_a_lost_generator_ends_the_group_and_leaves_no_rollout_running():
+    cancelled = []
+
+    async def generate(prompt, sampling):
+        if sampling.seed == completion_seed(3, "5/q1/1", 0):
+            await asyncio.sleep(0.05)
+            raise ActorLostError("generator 0 died")
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            cancelled.append(sampling.seed)
+            raise
+
+    async def lose():
+        with pytest.raises(ActorLostError, match="generator 0 died"):
+            await group_coroutine(generate=generate, group_size=4)
+        return asyncio.all_tasks() - {asyncio.current_task()}
+
+    assert asyncio.run(lose()) == set()
+    assert len(cancelled) == 3
+
+
+def test_a_group_that_is_asked_for_again_repeats_exactly():
+    async def generate(prompt, sampling):
+        return answer_ids(str(sampling.seed))
+
+    def record(**kwargs):
+        return [(r.rollout_id, r.turns, r.reward) for r in roll_out(generate, **kwargs).rollouts]
+
+    assert record() == record()
+    assert record(group_id="6/q1") != record()
+
+
+def test_the_version_of_a_rollout_is_that_of_its_oldest_turn():
+    versions = iter([7, 6])
+
+    async def generate(prompt, sampling):
+        return answer_ids("x", policy_version=next(versions))
+
+    group = roll_out(generate, make_env=TwoQuestions, group_size=1, max_turns=2)
+    assert group.rollouts[0].policy_version == 6
+
+
+@pytest.mark.parametrize(
+    ("finish_reason", "sampled", "added"),
+    [("stop", [120, 0], [99]), ("length", [120], [0, 99]), ("length", [120, 0], [99])],
+)
+def test_a_reply_closes_an_answer_exactly_if_the_policy_did_not(finish_reason, sampled, added):
+    async def generate(prompt, sampling):
+        return Completion(
+            token_ids=sampled,
+            logprobs=[-0.5] * len(sampled),
+            finish_reason=finish_reason,
+            policy_version=0,
+        )
+
+    group = roll_out(generate, make_env=TwoQuestions, group_size=1, max_turns=2)
+    assert group.rollouts[0].turns[1].prompt_ids == added
