@@ -23,9 +23,9 @@ from typing import Any
 
 import psutil
 import torch
-from past_ray.rl.rollout_table import read_rollouts
 
 from benchmarks import chaos_run, machine
+from past_ray.rl.rollout_table import read_rollouts
 from past_ray.runtime.checkpoints import checkpoint_folder
 from past_ray.sft.schedule import example_order
 from past_ray.skill.checkpoint import load_weights
@@ -40,7 +40,7 @@ ROLES = {
 
 POLL_S = 0.05
 MAX_DELAY_S = 1.5
-"""Longest wait between progress and the next kill; several steps long, so all phases are hit."""
+"""Longest wait between progress and the next kill: many steps, so all phases are hit."""
 
 STALLED_S = 300.0
 """A run without progress for this long has failed."""
@@ -185,7 +185,7 @@ def main() -> None:
     """Run all and write the report."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=24, help="kills of each disturbed run")
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/chaos"))
     args = parser.parse_args()

@@ -16,10 +16,10 @@ from past_ray.config.algorithm import KLConfig
 from past_ray.config.rl import RLConfig
 from past_ray.config.runtime import GeneratorConfig, RuntimeConfig
 from past_ray.engine.models import init_scratch_model
+from past_ray.envs.chat import chat_codec
 from past_ray.envs.closed_book_qa import ClosedBookQA
 from past_ray.runtime.cluster import ray_cluster
 from past_ray.runtime.controller import RLRun, train_grpo
-from past_ray.runtime.rollout_worker import chat_codec
 from past_ray.runtime.session import RLSession
 from past_ray.tasks.examples import QAExample
 from past_ray.tasks.world import build_tokenizer
@@ -49,6 +49,7 @@ def runtime_config() -> RuntimeConfig:
         cpus_per_generator=0.5,
         cpus_per_learner=0.5,
         cpus_per_rollout_worker=0.2,
+        cpus_per_sft_worker=0.5,
         heartbeat_interval_s=0.5,
         heartbeat_timeout_s=30,
         restart_backoff_s=0.1,

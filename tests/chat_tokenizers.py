@@ -44,7 +44,11 @@ MOVES_SYSTEM_PROMPT = (
 OPENS_REASONING = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
 """As QwQ's: the policy continues a block that history does not show."""
 
-NUMBERS_ANSWERS = CHATML.replace("<|im_end|>\n", "<|im_end|>{{ loop.index }}\n")
+NUMBERS_ANSWERS = CHATML.replace(
+    "<|im_end|>\n",
+    "{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    "<|im_end|>{{ loop.index }}\n",
+)
 """What stands behind an answer depends on its place."""
 
 SPECIAL_TOKENS = {

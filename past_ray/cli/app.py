@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from past_ray.cli.replay import replay
+from past_ray.cli.rollouts import rollouts
 from past_ray.cli.skill import skill_app
 from past_ray.cli.user_errors import user_errors
 
@@ -91,6 +93,10 @@ def serve(
             )
 
         serve_forever(serving, model, on_ready=on_ready)
+
+
+app.command()(rollouts)
+app.command()(replay)
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ from past_ray.config.runtime import RuntimeConfig
 from past_ray.config.serving import ServingConfig
 from past_ray.config.sft import SFTConfig
 from past_ray.config.task import TaskConfig, WorldTaskConfig
+from past_ray.config.tracking import TrackingConfig
 
 ArmName = Literal[
     "base",
@@ -86,6 +87,9 @@ class ExperimentConfig(StrictConfig):
 
     serving: ServingConfig = ServingConfig()
     """The endpoint of the adapted model."""
+
+    tracking: TrackingConfig = TrackingConfig()
+    """Services that get the metrics."""
 
     @property
     def num_rounds(self) -> int:

@@ -69,7 +69,7 @@ class RLConfig(StrictConfig):
     """Longest wait for one reply of an environment; a rollout that exceeds it failed."""
 
     max_tokens_per_micro_batch: int = Field(default=8192, ge=1)
-    """Padded tokens of one forward pass; the gradient does not depend on it."""
+    """Tokens packed into one forward pass; the gradient does not depend on it."""
 
     precision: Precision = "fp32"
     """Compute precision of the learner; masters and optimizer are fp32."""

@@ -11,7 +11,7 @@ straight from the tensor that arrived, or from a small buffer where vLLM fuses s
 Packing itself is vLLM's (``process_weights_after_loading``).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from vllm.platforms import current_platform
 
 from past_ray.engine.generator_checks import is_tied
-from past_ray.engine.weight_plan import Place
+from past_ray.engine.weight_plan import Layer, Place
 
 
 def can_load_directly(model: nn.Module) -> bool:
@@ -43,7 +43,8 @@ def _is_known(layer: nn.Module) -> bool:
         return is_plain and typed.weight.numel() == 0
     if isinstance(layer, VocabParallelEmbedding):
         return isinstance(typed.quant_method, UnquantizedEmbeddingMethod) and typed.tp_size == 1
-    return getattr(typed, "quant_method", None) is None
+    is_adapter_wrapper = hasattr(typed, "base_layer")
+    return is_adapter_wrapper or getattr(typed, "quant_method", None) is None
 
 
 @torch.no_grad()
@@ -78,7 +79,9 @@ def repack_tied_head(model: nn.Module) -> None:
     _pack_own(typed.lm_head)
 
 
-def _pack(layer: Any, tensors: list[Tensor], buffers: dict[tuple[int, ...], Tensor]) -> None:
+def _pack(
+    layer: Layer, tensors: Sequence[Tensor], buffers: dict[tuple[int, ...], Tensor]
+) -> None:
     """Let a linear layer pack the tensors, one below the other."""
     dtype = layer.weight.dtype
     joined = tensors[0]
@@ -94,7 +97,7 @@ def _pack(layer: Any, tensors: list[Tensor], buffers: dict[tuple[int, ...], Tens
         raise RuntimeError("vLLM must pack a linear layer into memory of its own, and did not")
 
 
-def _pack_own(layer: Any) -> None:
+def _pack_own(layer: Layer) -> None:
     # The old packed copy is freed first, so that the new one can take its place.
     layer.cpu_linear = None
     layer.quant_method.process_weights_after_loading(layer)

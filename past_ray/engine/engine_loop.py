@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from past_ray.engine.busy_clock import BusyClock
-from past_ray.errors import ClusterError, GenerationError
+from past_ray.errors import ClusterError, GenerationError, PastRayError
 from past_ray.rl.continuation import joined, remaining
 from past_ray.rl.types import Completion, SamplingParams
 
@@ -141,9 +141,9 @@ class EngineLoop:
     def run(self, command: Callable[[], None], *, in_flight: InFlight = "finish") -> None:
         """Run a function in the engine's thread; blocks.
 
-        A ``ClusterError`` that it raises reaches the caller and leaves the engine in use. Any other
+        A ``PastRayError`` that it raises reaches the caller and leaves the engine in use. Any other
         exception means that the engine's state is unknown: it reaches the caller as a
-        ``ClusterError`` too, and the engine refuses everything from then on.
+        ``ClusterError``, and the engine refuses everything from then on.
 
         Args:
             command: What to run.
@@ -242,7 +242,7 @@ class EngineLoop:
                     request.spans.append(engine.take_out(request_id))
                     interrupted.setdefault(id(request.batch), []).append(request)
             command.run()
-        except ClusterError as error:
+        except PastRayError as error:
             command.result.set_exception(error)
         except BaseException as error:
             command.result.set_exception(ClusterError(f"the engine failed: {error!r}"))

@@ -98,9 +98,8 @@ class GRPOLearner:
         for name in ("_model", "_optimizer", "_reference"):
             vars(self).pop(name, None)
         # An adapter sits on the weights that the run started from; its own come with _resume.
-        is_whole = resume_from is not None and config.lora is None
-        folder = resume_from if is_whole else checkpoint
-        self._model = load_policy(config, folder or checkpoint, device=self._device)
+        weights = checkpoint if resume_from is None or config.lora is not None else resume_from
+        self._model = load_policy(config, weights, device=self._device)
         self._optimizer = make_optimizer(
             self._model, learning_rate=config.learning_rate, weight_decay=config.weight_decay
         )

@@ -5,6 +5,7 @@ pickle as they are (protocol 5, out of band): Ray copies their memory into the s
 gets them reads it there.
 """
 
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -50,8 +51,9 @@ def _rebuilt(
     arrays: list["np.ndarray[Any, Any]"],
 ) -> SharedWeights:
     tensors: dict[str, Tensor] = {}
-    for (name, dtype, shape), array in zip(described, arrays, strict=True):
-        # torch warns of read-only memory; nothing here writes to it.
-        array.flags.writeable or array.setflags(write=False)
-        tensors[name] = torch.frombuffer(array, dtype=dtype).view(shape)
+    with warnings.catch_warnings():
+        # The memory is read-only, and nothing writes to weights that were received.
+        warnings.filterwarnings("ignore", message="The given buffer is not writable")
+        for (name, dtype, shape), array in zip(described, arrays, strict=True):
+            tensors[name] = torch.frombuffer(array, dtype=dtype).view(shape)
     return SharedWeights(tensors)

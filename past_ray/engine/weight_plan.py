@@ -26,6 +26,9 @@ from past_ray.engine.generator_checks import is_tied
 TIED_HEAD = "lm_head.weight"
 """Name of the output head, which a checkpoint with tied embeddings does not hold."""
 
+Layer = Any
+"""A layer of vLLM; loosely typed, as vLLM's own attributes are."""
+
 SAMPLES, COLUMN = "_past_ray_samples", "_past_ray_column"
 """Attributes under which a model keeps the samples of its last update."""
 
@@ -37,8 +40,8 @@ COLUMN_STEP = 7919
 class Place:
     """Rows of one parameter that one checkpoint tensor fills."""
 
-    layer: Any
-    """The vLLM layer; loosely typed, as vLLM's own layers are."""
+    layer: Layer
+    """The layer."""
 
     parameter: str
     """Its attribute: ``weight`` or ``bias``."""
@@ -69,7 +72,7 @@ def weight_places(model: nn.Module) -> dict[str, Place]:
 
 
 def _places_of(
-    name: str, layer: Any, parameter: str, tensor: Tensor, packed: Mapping[str, list[str]]
+    name: str, layer: Layer, parameter: str, tensor: Tensor, packed: Mapping[str, list[str]]
 ) -> dict[str, Place]:
     """Return the checkpoint tensors in one parameter: several where vLLM fuses them."""
     path, _, module = name.rpartition(".")[0].rpartition(".")
@@ -121,7 +124,9 @@ def missed_weights(model: nn.Module) -> list[str]:
     missed = [name for name, value in samples.items() if not _equal(held.of(places[name]), value)]
     if is_tied(getattr(model, "config", None)):
         # The head multiplies by a copy of its own.
-        embedding = next(name for name in samples if places[name].layer.weight is kept.lm_head.weight)
+        embedding = next(
+            name for name in samples if places[name].layer.weight is kept.lm_head.weight
+        )
         if not _equal(held.used_by(kept.lm_head), samples[embedding]):
             missed.append(TIED_HEAD)
     return missed
@@ -142,7 +147,7 @@ class _Held:
         tensor: Tensor = getattr(place.layer, place.parameter)
         return _sample(tensor[place.first_row : last_row], self._column)
 
-    def used_by(self, layer: Any) -> Tensor:
+    def used_by(self, layer: Layer) -> Tensor:
         """Return one column ``[N]`` of the matrix that a layer multiplies by."""
         if layer not in self._outputs:
             is_vocabulary = isinstance(layer, VocabParallelEmbedding)

@@ -4,8 +4,9 @@
 process, so it needs no second communicator and works on any device. How they got into the process
 (Ray's object store) is not its business.
 
-For NCCL nothing of ours runs inside vLLM: its ``nccl`` engine receives, and ``open_nccl_sender``
-opens the sending side in the learner. That path needs GPUs and has not been run on any.
+For NCCL and CUDA IPC nothing of ours runs inside vLLM: its ``nccl`` and ``ipc`` engines receive,
+and ``open_nccl_sender`` and ``open_ipc_sender`` open the sending side in the learners. These paths
+need GPUs and have not been run on any.
 
 vLLM calls ``register`` in every process it starts, through the entry-point group
 ``vllm.general_plugins``.
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from vllm.distributed.weight_transfer import (
     TrainerWeightTransferEngine,
@@ -119,7 +121,7 @@ class InProcessWeightTransferEngine(WeightTransferEngine[InProcessInitInfo, InPr
 
     def _reload(self, weights: Mapping[str, Tensor]) -> None:
         """Load through the model's own loaders, which know every architecture."""
-        own_names = {name for name, _ in self.model.named_parameters()}
+        own_names = {_plain(name) for name, _ in self.model.named_parameters()}
         if is_tied(getattr(self.model, "config", None)):
             own_names -= {TIED_HEAD}
         # Outside of a layerwise reload, loading fails on layers whose weights vLLM has repacked.
@@ -127,7 +129,7 @@ class InProcessWeightTransferEngine(WeightTransferEngine[InProcessInitInfo, InPr
         self._is_reloading = True
         model: Any = self.model
         reached = model.load_weights(iter(weights.items()))
-        if missed := sorted(own_names - set(reached)):
+        if missed := sorted(own_names - {_plain(name) for name in reached}):
             raise RuntimeError(
                 f"vLLM must load every parameter of a weight sync; its loader left out {missed}. "
                 "This architecture cannot be synced; use backend=transformers."
@@ -172,6 +174,47 @@ class StateDictSource(WeightSource):
             yield name, value.cuda()
 
 
+class BroadcastSource(StateDictSource):
+    """Weights of rank 0 on the GPU of every rank, which CUDA IPC needs. Has not been run.
+
+    Only rank 0 has to set ``weights``.
+    """
+
+    def metadata(self) -> list[ParamMeta]:
+        """Names, dtypes and shapes, as rank 0 has them."""
+        described: list[Any] = [super().metadata()]
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.broadcast_object_list(described, src=0)
+        return described[0]
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        """Broadcast one tensor after the other."""
+        is_alone = not dist.is_initialized() or dist.get_world_size() == 1
+        for meta in self.metadata():
+            if is_alone or dist.get_rank() == 0:
+                tensor = self.weights[meta.name].cuda()
+            else:
+                tensor = torch.empty(meta.shape, dtype=meta.dtype, device="cuda")
+            if not is_alone:
+                dist.broadcast(tensor, src=0)
+            yield meta.name, tensor
+
+
+def open_ipc_sender(
+    source: BroadcastSource, *, client: VLLMWeightSyncClient, rank: int
+) -> TrainerWeightTransferEngine[Any]:
+    """Open one rank's sending side of vLLM's CUDA IPC engine.
+
+    The handles of all ranks reach every generator, and each takes those of its own GPU. They are
+    sent at once (not packed): a generator loads one checkpoint per update.
+    """
+    from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
+
+    return WeightTransferTrainerFactory.trainer_init(
+        IPCTrainerInitInfo(rank=rank, packed=False), client=client, source=source
+    )
+
+
 def open_nccl_sender(
     source: StateDictSource,
     *,
@@ -201,3 +244,8 @@ def open_nccl_sender(
         client=client,
         source=source,
     )
+
+
+def _plain(name: str) -> str:
+    """Return a parameter's name without vLLM's wrapper for adapters."""
+    return name.replace(".base_layer", "")

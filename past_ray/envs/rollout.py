@@ -81,6 +81,7 @@ async def run_group(
     seed: int,
     env_timeout_s: float,
     max_turns: int = 1,
+    on_end: Callable[[], None] | None = None,
 ) -> RolloutGroup:
     """Run ``group_size`` rollouts of one example concurrently.
 
@@ -97,6 +98,7 @@ async def run_group(
         seed: The run's seed.
         env_timeout_s: Longest wait for one reply of an environment.
         max_turns: A rollout that is not done after this many turns failed.
+        on_end: Called once for every rollout that asks for no further completion.
 
     Returns:
         The group, its rollouts in index order.
@@ -114,6 +116,7 @@ async def run_group(
             seed=seed,
             env_timeout_s=env_timeout_s,
             max_turns=max_turns,
+            on_end=on_end or _nothing,
         )
         for index in range(group_size)
     ]
@@ -143,6 +146,7 @@ class _Driver:
     seed: int
     env_timeout_s: float
     max_turns: int
+    on_end: Callable[[], None]
 
     turns: list[Turn] = field(default_factory=list[Turn])
     reward_parts: dict[str, float] = field(default_factory=dict[str, float])
@@ -159,6 +163,8 @@ class _Driver:
         except Exception as error:
             self.turns.clear()
             return self._failed(RolloutStatus.GENERATION_ERROR, error)
+        finally:
+            self.on_end()
         return self._record(
             status=RolloutStatus.COMPLETED, reward=sum(turn.reward for turn in self.turns)
         )
@@ -240,6 +246,10 @@ class _Driver:
             generation_s=self.generation_s,
             environment_s=self.environment_s,
         )
+
+
+def _nothing() -> None:
+    pass
 
 
 def _opened(env_maker: Callable[[], Env]) -> tuple[Env, list[Message]]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from past_ray.config.experiment import ExperimentConfig
+from past_ray.envs.chat import chat_codec
 from past_ray.envs.closed_book_qa import ClosedBookQA
 from past_ray.errors import ConfigError
 from past_ray.pipelines.base_model import cached_base, prepare_base
@@ -34,7 +35,6 @@ from past_ray.runtime.checkpoints import checkpoint_folder
 from past_ray.runtime.cluster import cluster_supply
 from past_ray.runtime.controller import RLRun, train_grpo
 from past_ray.runtime.placement import fits_together
-from past_ray.runtime.rollout_worker import chat_codec
 from past_ray.runtime.session import RLSession
 from past_ray.runtime.sft_trainer import train_sft
 from past_ray.sft.examples import document_examples

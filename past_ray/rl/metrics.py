@@ -37,7 +37,7 @@ def rollout_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
         groups: All groups of the step, failed rollouts included.
 
     Returns:
-        ``reward`` (mean over completed rollouts), ``num_tokens`` (sampled in all),
+        ``num_rollouts``, ``reward`` (mean over completed rollouts), ``num_tokens`` (sampled in all),
         ``completion_tokens`` (mean per completed rollout), ``truncated_frac`` (last completion hit
         its limit, of completed ones), ``error_frac`` (of all rollouts) and ``constant_group_frac``
         (groups whose completed rollouts have equal rewards, so nothing to learn). A mean over
@@ -50,6 +50,7 @@ def rollout_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
     truncated = [r.turns[-1].completion.finish_reason == "length" for r in completed]
     sampled = [len(turn.completion.token_ids) for rollout in rollouts for turn in rollout.turns]
     return {
+        "num_rollouts": float(len(rollouts)),
         "reward": _mean(rewards),
         "num_tokens": float(sum(sampled)),
         "completion_tokens": _mean(lengths),

@@ -13,7 +13,7 @@ A two-token answer to a three-token prompt, reward 1::
     )
 
 Position ``t`` of every per-token list describes ``token_ids[t]`` itself; the shift by one between
-logits and tokens happens in ``rl/logprobs.py`` and nowhere else.
+logits and tokens happens in ``engine/packing.py`` and nowhere else.
 """
 
 from dataclasses import dataclass, field
@@ -112,7 +112,7 @@ class Rollout:
     """How it ended."""
 
     policy_version: int
-    """Version of the weights that sampled the first turn; -1 when none did."""
+    """Oldest version of the weights behind any of its turns; -1 when none was sampled."""
 
     error: str = ""
     """The error's text when it failed."""

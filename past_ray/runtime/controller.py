@@ -138,7 +138,7 @@ class _Loop:
         self._on_step = on_step
         self._store = CheckpointStore(run.work_dir, keep={*run.keep_steps, rl.num_steps})
         self._sampler = StepSampler(session, rl, examples=examples, seed=run.seed)
-        self._spread = SpreadWatch(max_steps=rl.max_constant_steps)
+        self._spread = SpreadWatch(rl)
 
     async def train(self, notice: PreemptionNotice) -> None:
         """Load, then step by step until the end."""

@@ -1,7 +1,11 @@
-"""Weight sync over vLLM's NCCL engine (``weight_transfer: nccl``).
+"""Weight sync over vLLM's own engines, past the object store: ``nccl`` and ``ipc``.
 
-Learner rank 0 sends, all workers of all generators receive. The weights never pass the object
-store. This path follows vLLM's interface and needs GPUs; it has not been run on any.
+::
+
+    nccl   learner rank 0 --broadcast--> all workers of all generators, each on its own GPU
+    ipc    learner rank i --CUDA IPC---> generator i, which shares its GPU (``colocate``)
+
+Both follow vLLM's interface and need GPUs; they have not been run on any.
 """
 
 from collections.abc import Mapping, Sequence
@@ -49,8 +53,26 @@ class NCCLSender:
         self._sender.send_weights()
 
 
+class IPCSender:
+    """The sending side of one learner rank; all ranks send together."""
+
+    def __init__(self, generators: Sequence[Any], *, rank: int) -> None:
+        """Announce the transfer to all generators; generator ``i`` is on the GPU of rank ``i``."""
+        from past_ray.engine.weight_transfer import BroadcastSource, open_ipc_sender
+
+        self._client = NCCLSyncClient(generators, workers_per_generator=1)
+        self._source = BroadcastSource()
+        self._sender = open_ipc_sender(self._source, client=self._client, rank=rank)
+
+    def send(self, weights: Mapping[str, Tensor], policy_version: int) -> None:
+        """Share ``weights``, those of rank 0; returns when every generator has them in use."""
+        self._source.weights = weights
+        self._client.policy_version = policy_version
+        self._sender.send_weights()
+
+
 class NCCLSyncClient:
-    """Control plane of vLLM's NCCL sender for several generator actors.
+    """Control plane of vLLM's senders for several generator actors.
 
     Structurally vLLM's ``VLLMWeightSyncClient``. Each generator is an engine of its own, so each
     gets its own ranks in the group.
@@ -69,7 +91,10 @@ class NCCLSyncClient:
         """Version of the weights that the next ``send_weights`` sends; set it before."""
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """Let every generator join behind the ranks of the one before it."""
+        """Let every generator join; over NCCL behind the ranks of the one before it."""
+        if "rank_offset" not in init_info:
+            ray.get([g.join_transfer_group.remote(init_info) for g in self._generators])
+            return
         first_rank = int(init_info["rank_offset"])
         ray.get(
             [

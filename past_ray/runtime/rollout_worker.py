@@ -1,7 +1,8 @@
 """Drives environments and asks generator actors for completions.
 
-Every rollout is a coroutine of one event loop. The prompts that they hand in during one tick of
-the loop leave as one call per generator, so 192 single-turn rollouts cost each generator one call.
+Every rollout is a coroutine of one event loop. Prompts leave as one call per generator: those
+handed in during one tick of the loop or, in lockstep, those of all rollouts that still run. So 192
+single-turn rollouts cost each generator one call.
 
 A worker keeps nothing between two calls: what is lost with it is sampled again elsewhere.
 """
@@ -17,10 +18,11 @@ from ray.exceptions import RayActorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from past_ray.envs.base import Env
-from past_ray.envs.rollout import Codec, run_group
+from past_ray.envs.chat import chat_codec
+from past_ray.envs.rollout import run_group
 from past_ray.errors import ActorLostError, ConfigError
 from past_ray.rl.types import Completion, RolloutGroup, SamplingParams
-from past_ray.tasks.examples import Message, QAExample
+from past_ray.tasks.examples import QAExample
 
 GeneratorHandle = Any
 """A handle of ``GeneratorActor``; Ray types it as Any."""
@@ -59,6 +61,10 @@ class RolloutPlan:
     env_timeout_s: float
     """Longest wait for one reply of an environment."""
 
+    is_lockstep: bool = False
+    """All rollouts take their turns together. Then what is decoded together, and with it the last
+    digits of every log-probability, does not depend on the time that environments take."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Share:
@@ -84,7 +90,6 @@ class RolloutWorkerShell:
         """
         self._tokenizer_folder = tokenizer_folder
         self._make_env = make_env
-        self._codec: Codec | None = None
 
     async def setup(self) -> None:
         """Load the tokenizer.
@@ -92,7 +97,10 @@ class RolloutWorkerShell:
         Raises:
             ConfigError: If it has no chat template or no end of sequence.
         """
-        self._codec = chat_codec(AutoTokenizer.from_pretrained(self._tokenizer_folder))
+        self._tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            self._tokenizer_folder
+        )
+        chat_codec(self._tokenizer)
 
     async def ping(self) -> None:
         """Answer a heartbeat."""
@@ -110,12 +118,12 @@ class RolloutWorkerShell:
             generators: Handles of ``GeneratorActor``; prompts are spread over them in turn.
             plan: What the groups have in common.
         """
-        if self._codec is None:
-            await self.setup()
-        assert self._codec is not None
-        codec = self._codec
+        codec = chat_codec(self._tokenizer, max_turns=plan.max_turns)
         # A new one per call: what is sampled depends on the call alone, also after a restart.
-        batcher = GenerateBatcher(generators)
+        num_rollouts = len(tasks) * plan.group_size
+        batcher = GenerateBatcher(
+            generators, lockstep_of=num_rollouts if plan.is_lockstep else None
+        )
         outcomes = await asyncio.gather(
             *(
                 run_group(
@@ -129,6 +137,7 @@ class RolloutWorkerShell:
                     seed=plan.seed,
                     max_turns=plan.max_turns,
                     env_timeout_s=plan.env_timeout_s,
+                    on_end=batcher.rollout_ended,
                 )
                 for task in tasks
             ),
@@ -147,14 +156,23 @@ RolloutWorkerActor = ray.remote(RolloutWorkerShell)
 
 
 class GenerateBatcher:
-    """Joins the prompts of one event-loop tick into one call per generator.
+    """Joins prompts into one call per generator.
 
-    ``generate`` waits for the call that its prompt left with; it is unblocked when that generator
-    has completed all prompts of the call, or has died.
+    A call leaves at the end of an event-loop tick or, in lockstep, as soon as every rollout that
+    still runs has handed in a prompt. ``generate`` waits for the call that its prompt left with; it
+    is unblocked when that generator has completed all prompts of the call, or has died.
     """
 
-    def __init__(self, generators: Sequence[GeneratorHandle]) -> None:
-        """Keep the actor handles, at least one."""
+    def __init__(
+        self, generators: Sequence[GeneratorHandle], *, lockstep_of: int | None = None
+    ) -> None:
+        """Keep the actor handles.
+
+        Args:
+            generators: At least one.
+            lockstep_of: Rollouts that take their turns together; each must call ``rollout_ended``.
+                None sends what one tick brings.
+        """
         if not generators:
             raise ConfigError("a rollout worker needs at least one generator, found none")
         self.lost: set[int] = set()
@@ -162,6 +180,7 @@ class GenerateBatcher:
 
         self._generators = list(generators)
         self._next_generator = 0
+        self._num_running = lockstep_of
         self._waiting: list[tuple[list[int], SamplingParams, asyncio.Future[Completion]]] = []
         self._calls: set[asyncio.Task[None]] = set()
 
@@ -173,12 +192,25 @@ class GenerateBatcher:
             Exception: Whatever the call to the actor raised.
         """
         loop = asyncio.get_running_loop()
-        if not self._waiting:
+        if not self._waiting and self._num_running is None:
             # Runs after every coroutine that is ready now has handed in its prompt.
             loop.call_soon(self._flush)
         future: asyncio.Future[Completion] = loop.create_future()
         self._waiting.append((prompt, sampling, future))
+        self._flush_in_lockstep()
         return await future
+
+    def rollout_ended(self) -> None:
+        """A rollout will hand in no further prompt; the others need not wait for it."""
+        if self._num_running is not None:
+            self._num_running -= 1
+            self._flush_in_lockstep()
+
+    def _flush_in_lockstep(self) -> None:
+        if self._waiting and len(self._waiting) == self._num_running:
+            # Environments answer in any order; seeds are unique and the same in every run.
+            self._waiting.sort(key=lambda request: request[1].seed or 0)
+            self._flush()
 
     def _flush(self) -> None:
         """Deal the waiting prompts round, starting after the generator that got the last one."""
@@ -214,29 +246,3 @@ class GenerateBatcher:
                 future.set_result(outcome)
             else:
                 future.set_exception(outcome)
-
-
-def chat_codec(tokenizer: PreTrainedTokenizerBase) -> Codec:
-    """Render messages by the tokenizer's chat template and decode without special tokens.
-
-    Raises:
-        ConfigError: If the tokenizer has no chat template.
-    """
-    if not tokenizer.chat_template:
-        raise ConfigError(
-            f"the tokenizer in {tokenizer.name_or_path} must have a chat template; it has none. "
-            "Save one with the model: tokenizer.chat_template = ..."
-        )
-
-    def render(messages: Sequence[Message]) -> list[int]:
-        token_ids: Any = tokenizer.apply_chat_template(
-            [{"role": message["role"], "content": message["content"]} for message in messages],
-            add_generation_prompt=True,
-            return_dict=False,
-        )
-        return list(token_ids)
-
-    def decode(token_ids: list[int]) -> str:
-        return str(tokenizer.decode(token_ids, skip_special_tokens=True))
-
-    return Codec(render=render, decode=decode)

@@ -148,8 +148,8 @@ def _train_all_steps(
 class _ReclaimNotice:
     """Tells all ranks together that a node of this run will be taken away (a spot reclaim).
 
-    A checkpoint then loses nothing: Ray Train lets the ranks go on until the node's time is over,
-    and restarts them elsewhere from the latest checkpoint.
+    A checkpoint then keeps all that is done: Ray Train lets the ranks go on until the node's time
+    is over, in case they finish, and restarts them elsewhere from the latest checkpoint.
     """
 
     def __init__(self) -> None:

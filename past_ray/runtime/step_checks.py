@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 
+from past_ray.config.rl import RLConfig
 from past_ray.errors import ClusterError, DataError, PastRayError
+from past_ray.rl.batching import is_constant_group
 from past_ray.rl.metrics import rollout_metrics
 from past_ray.rl.types import RolloutGroup, RolloutStatus
-from past_ray.runtime.step_sampler import failed_rollouts, has_spread
+from past_ray.runtime.step_sampler import failed_rollouts
 
 MAX_ANSWER_SHOWN = 120
 """Characters of the answer that a diagnosis quotes."""
@@ -29,9 +31,9 @@ def check_failures(groups: Sequence[RolloutGroup], step: int, *, max_frac: float
 class SpreadWatch:
     """Counts steps in a row in which no group's rewards differ, so nothing is learned."""
 
-    def __init__(self, *, max_steps: int) -> None:
-        """Start at 0; ``max_steps`` in a row end the run."""
-        self._max_steps = max_steps
+    def __init__(self, rl: RLConfig) -> None:
+        """Start at 0; ``rl.max_constant_steps`` in a row end the run."""
+        self._rl = rl
         self._num_constant = 0
 
     def add(self, groups: Sequence[RolloutGroup], step: int) -> None:
@@ -40,11 +42,11 @@ class SpreadWatch:
         Raises:
             DataError: With a diagnosis, if there were too many in a row.
         """
-        if any(has_spread(group) for group in groups):
+        if not all(is_constant_group(group, rl=self._rl) for group in groups):
             self._num_constant = 0
             return
         self._num_constant += 1
-        if self._num_constant >= self._max_steps:
+        if self._num_constant >= self._rl.max_constant_steps:
             raise DataError(self._diagnosis(groups, step))
 
     def _diagnosis(self, groups: Sequence[RolloutGroup], step: int) -> str:

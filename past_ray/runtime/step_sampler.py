@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from past_ray.config.algorithm import DAPOConfig
 from past_ray.config.rl import RLConfig
 from past_ray.errors import ClusterError, DataError
+from past_ray.rl.batching import is_constant_group
 from past_ray.rl.staleness import split_by_staleness
-from past_ray.rl.types import Rollout, RolloutGroup, RolloutStatus, SamplingParams
+from past_ray.rl.types import Rollout, RolloutGroup, SamplingParams
 from past_ray.runtime.rollout_worker import GroupTask, RolloutPlan
 from past_ray.runtime.session import RLSession
 from past_ray.sft.schedule import example_order
@@ -133,13 +134,13 @@ class StepSampler:
             return SampledStep(groups=groups)
         wanted = rl.prompts_per_step
         spares = self._spares(step)[: (rl.algorithm.max_draws - 1) * wanted]
-        kept = [group for group in groups if has_spread(group)]
+        kept = [group for group in groups if not is_constant_group(group, rl=rl)]
         num_drawn = wanted
         while len(kept) < wanted and spares:
             drawn, spares = spares[: wanted - len(kept)], spares[wanted - len(kept) :]
             num_drawn += len(drawn)
             more = await self._collect([self._task(step, i) for i in drawn])
-            kept += [group for group in more if has_spread(group)]
+            kept += [group for group in more if not is_constant_group(group, rl=rl)]
         # Without a single spread the step says so in its metrics instead of being empty.
         return SampledStep(groups=kept or groups, num_constant=num_drawn - len(kept))
 
@@ -160,12 +161,6 @@ class StepSampler:
 
     def _indices(self, question_ids: set[str]) -> list[int]:
         return [i for i, e in enumerate(self._examples) if e.question_id in question_ids]
-
-
-def has_spread(group: RolloutGroup) -> bool:
-    """Whether rewards of the group's completed rollouts differ at all."""
-    rewards = {r.reward for r in group.rollouts if r.status is RolloutStatus.COMPLETED}
-    return len(rewards) > 1
 
 
 def failed_rollouts(groups: Sequence[RolloutGroup]) -> list[Rollout]:

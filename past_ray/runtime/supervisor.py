@@ -203,25 +203,31 @@ class SupervisedActor:
         self._ready.set()
 
 
-async def ready_among(actors: Sequence[SupervisedActor]) -> list[SupervisedActor]:
-    """Return the actors that can be used now; waits for the first where none can.
+async def ready_among(
+    actors: Sequence[SupervisedActor], *, is_all: bool = False
+) -> list[SupervisedActor]:
+    """Return the actors that can be used now; waits for the first, or for all that may come back.
 
     Raises:
         ClusterError: If all were given up.
     """
-    while not (ready := [actor for actor in actors if actor.is_ready]):
+    while True:
         coming = [actor for actor in actors if actor.failure is None]
         if not coming and actors[0].failure is not None:
             raise actors[0].failure
-        waits = [asyncio.ensure_future(actor.wait_settled()) for actor in coming]
+        ready = [actor for actor in coming if actor.is_ready]
+        if len(ready) == len(coming) or (ready and not is_all):
+            return ready
+        away = [actor for actor in coming if not actor.is_ready]
+        waits = [asyncio.ensure_future(actor.wait_settled()) for actor in away]
         await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         for wait in waits:
             wait.cancel()
-    return ready
 
 
 def _kill(handle: Handle) -> None:
-    if handle is not None:
+    # Outside of a cluster ray.kill would start one.
+    if handle is not None and ray.is_initialized():
         with suppress(Exception):
             ray.kill(handle)
 

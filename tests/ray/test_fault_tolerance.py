@@ -8,12 +8,12 @@ from functools import partial
 import pytest
 import ray
 import torch
-from past_ray.rl.rollout_table import read_rollouts
 
 from past_ray.config.algorithm import KLConfig
 from past_ray.config.rl import RLConfig
 from past_ray.config.runtime import GeneratorConfig, RuntimeConfig
 from past_ray.envs.closed_book_qa import ClosedBookQA
+from past_ray.rl.rollout_table import read_rollouts
 from past_ray.runtime.controller import RLRun, train_grpo
 from past_ray.runtime.session import RLSession
 from past_ray.skill.checkpoint import load_weights

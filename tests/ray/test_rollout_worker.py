@@ -1,4 +1,7 @@
 import asyncio
+import random
+import time
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -215,10 +218,44 @@ def test_prompts_of_one_tick_are_one_call_per_generator_dealt_round():
     assert handles[1].calls == [[1, 3], [9]]
 
 
-def test_all_rollouts_of_a_collect_leave_in_one_call(folder):
+class DawdlingEnv(ClosedBookQA):
+    """Takes a random time to pose its question."""
+
+    def __init__(self, example):
+        super().__init__(example, exact_match)
+
+    def reset(self):
+        time.sleep(random.random() * 0.02)
+        return super().reset()
+
+
+def test_prompts_in_lockstep_wait_for_all_rollouts_that_still_run():
     handle = RecordingHandle()
-    shell = RolloutWorkerShell(folder, MAKE_ENV)
-    share = asyncio.run(shell.collect(tasks(examples(6)), [handle], plan(group_size=8)))
+
+    async def run():
+        batcher = GenerateBatcher([handle], lockstep_of=3)
+        seeded = [replace(sampling(), seed=seed) for seed in (5, 9)]
+        first = asyncio.ensure_future(batcher.generate([1], seeded[1]))
+        second = asyncio.ensure_future(batcher.generate([2], seeded[0]))
+        await asyncio.sleep(0.01)
+        assert handle.calls == []
+        batcher.rollout_ended()
+        await asyncio.gather(first, second)
+
+    asyncio.run(run())
+    assert handle.calls == [[2, 1]]  # By seed, not by arrival.
+
+
+def test_in_lockstep_all_rollouts_leave_in_one_call_however_long_environments_take(folder):
+    handle = RecordingHandle()
+    shell = RolloutWorkerShell(folder, DawdlingEnv)
+    lockstep = replace(plan(group_size=8), is_lockstep=True)
+
+    async def run():
+        await shell.setup()
+        return await shell.collect(tasks(examples(6)), [handle], lockstep)
+
+    share = asyncio.run(run())
     assert len(share.groups) == 6
     assert [len(call) for call in handle.calls] == [48]
 

@@ -219,6 +219,16 @@ def test_an_nccl_generator_checks_names_before_it_receives_and_takes_nothing_by_
     generator.close()
 
 
+def test_a_prefix_cache_that_vllm_refuses_to_reset_fails_the_sync(folder, monkeypatch):
+    generator = build_generator(GeneratorConfig(max_model_len=64, kv_cache_gib=0.125), folder)
+    monkeypatch.setattr(generator._engine._engine, "reset_prefix_cache", lambda: False)
+    with pytest.raises(ClusterError, match="kept its prefix cache"):
+        generator.update_weights(dict(load(folder).named_parameters()), 1)
+    with pytest.raises(ClusterError, match="failed"):
+        generator.generate(PROMPTS, [sampling()] * 3)
+    generator.close()
+
+
 def test_without_vllm_the_error_names_the_extra_and_the_other_backend(folder):
     script = (
         "import sys; sys.modules['vllm'] = None\n"

@@ -128,3 +128,10 @@ def test_each_bound_acts_alone(bound, trains: list[bool]):
 def test_weights_with_the_generators_anchor_would_correct_twice_and_are_refused():
     with pytest.raises(ValueError, match="correct the same gap twice"):
         CorrectionConfig(anchor="generator", truncate_at=2.0)
+
+
+def test_padding_is_never_counted_as_truncated():
+    # Padding has a ratio of 1, which a bound below 1 would cut.
+    correction = {**LEARNER, "truncate_at": 0.5}
+    _, metrics, _ = evaluate(rollouts([0.4], [0.6, 0.4]), settings("grpo", correction=correction))
+    assert metrics["truncated_weight_frac"].item() == pytest.approx(1 / 3)

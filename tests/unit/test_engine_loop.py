@@ -22,11 +22,14 @@ class CountingEngine:
         self.gate.set()
         self.has_started = threading.Event()
         self.requests = {}
+        self.prompts = []
+        self.version = 0
         self.is_shut_down = False
 
     def admit(self, request_id, prompt, sampling):
         if prompt == [REFUSED]:
             raise ValueError("unknown token")
+        self.prompts.append(prompt)
         self.requests[request_id] = (prompt, [], sampling.max_new_tokens)
         self.has_started.set()
 
@@ -41,18 +44,19 @@ class CountingEngine:
         for _, tokens, _ in self.requests.values():
             tokens.append(len(self.requests))
         ended = [key for key, (_, tokens, limit) in self.requests.items() if len(tokens) == limit]
-        return [
-            (
-                key,
-                Completion(
-                    token_ids=self.requests.pop(key)[1],
-                    logprobs=[-1.0] * 3,
-                    finish_reason="length",
-                    policy_version=0,
-                ),
-            )
-            for key in ended
-        ]
+        return [(key, self._taken(key, "length")) for key in ended]
+
+    def take_out(self, request_id):
+        return self._taken(request_id, "abort")
+
+    def _taken(self, request_id, reason):
+        tokens = self.requests.pop(request_id)[1]
+        return Completion(
+            token_ids=tokens,
+            logprobs=[-1.0] * len(tokens),
+            finish_reason=reason,
+            policy_version=self.version,
+        )
 
     def shutdown(self):
         self.is_shut_down = True
@@ -125,7 +129,7 @@ def test_a_command_waits_for_requests_in_flight_and_later_requests_wait_for_it(l
     engine.gate.clear()
     first = in_thread(loop.complete, [[1]], [GREEDY])
     assert engine.has_started.wait(10)
-    command = in_thread(loop.run_when_idle, lambda: events.append(dict(engine.requests)))
+    command = in_thread(loop.run, lambda: events.append(dict(engine.requests)))
     wait_until_queued(loop, 1)
     second = in_thread(loop.complete, [[2]], [GREEDY])
     wait_until_queued(loop, 2)
@@ -148,7 +152,7 @@ def test_an_engine_that_fails_wakes_everybody_and_refuses_what_comes_later(loop,
     engine.gate.clear()
     first = in_thread(loop.complete, [[POISON]], [GREEDY])
     assert engine.has_started.wait(10)
-    queued = in_thread(loop.run_when_idle, lambda: None)
+    queued = in_thread(loop.run, lambda: None)
     wait_until_queued(loop, 1)
     engine.gate.set()
     for result in (first, queued):
@@ -166,10 +170,10 @@ def test_a_cluster_error_of_a_command_leaves_the_engine_in_use_and_any_other_doe
         raise ValueError("shape mismatch")
 
     with pytest.raises(ClusterError, match="a name is missing"):
-        loop.run_when_idle(refuse)
+        loop.run(refuse)
     assert loop.complete([[1]], [GREEDY])
     with pytest.raises(ClusterError, match="shape mismatch"):
-        loop.run_when_idle(break_down)
+        loop.run(break_down)
     with pytest.raises(ClusterError, match="failed"):
         loop.complete([[1]], [GREEDY])
 
@@ -192,3 +196,55 @@ def test_close_finishes_what_is_in_flight_and_frees_the_engine(loop, engine):
     assert engine.is_shut_down
     with pytest.raises(ClusterError, match="close"):
         loop.complete([[1]], [GREEDY])
+
+
+def test_a_resuming_command_runs_at_once_and_the_rest_is_sampled_after_it(loop, engine):
+    engine.gate.clear()
+    first = in_thread(loop.complete, [[1], [2]], [GREEDY, GREEDY])
+    assert engine.has_started.wait(10)
+    seen = []
+
+    def swap():
+        seen.append(dict(engine.requests))
+        engine.version = 1
+
+    command = in_thread(lambda: loop.run(swap, in_flight="resume"))
+    wait_until_queued(loop, 1)
+    engine.gate.set()
+    command()
+    assert seen == [{}]
+    for completion, start in zip(first(), ([1], [2]), strict=True):
+        kept = completion.token_versions.count(0)
+        assert completion.token_versions == [0] * kept + [1] * (3 - kept)
+        assert 1 <= kept <= 2
+        # The kept tokens were part of the prompt when it went on.
+        assert engine.prompts[-2:][start[0] - 1] == [*start, *completion.token_ids[:kept]]
+        assert len(completion.token_ids) == 3
+
+
+def test_a_keeping_command_runs_between_two_steps_of_requests_that_stay(loop, engine):
+    engine.gate.clear()
+    first = in_thread(loop.complete, [[1]], [GREEDY])
+    assert engine.has_started.wait(10)
+    seen = []
+    command = in_thread(lambda: loop.run(lambda: seen.append(len(engine.requests)), in_flight="keep"))
+    wait_until_queued(loop, 1)
+    engine.gate.set()
+    command()
+    assert seen == [1]
+    assert first()[0].token_ids == [1, 1, 1]
+
+
+def test_the_clock_runs_while_requests_are_in_flight_and_not_otherwise(loop, engine):
+    assert (loop.clock.seconds, loop.clock.num_open, loop.num_finished) == (0, 0, 0)
+    engine.gate.clear()
+    first = in_thread(loop.complete, [[1], [2]], [GREEDY, GREEDY])
+    assert engine.has_started.wait(10)
+    threading.Event().wait(0.1)
+    assert loop.clock.num_open == 2
+    assert loop.clock.seconds >= 0.09
+    engine.gate.set()
+    first()
+    stopped = loop.clock.seconds
+    threading.Event().wait(0.05)
+    assert (loop.clock.seconds, loop.clock.num_open, loop.num_finished) == (stopped, 0, 2)

@@ -82,6 +82,8 @@ def train(rank: int, world_size: int, port: int, model: Path, out: Path) -> None
         }
         (out / f"{recipe}-{rank}.json").write_text(json.dumps(report))
     if world_size > 1:
+        # A rank that closes its connections while another still reads aborts the other.
+        torch.distributed.barrier()
         # A rank that exits with the group's threads still running can abort.
         torch.distributed.destroy_process_group()
 

@@ -87,7 +87,8 @@ def test_environments_that_wait_do_not_wait_for_each_other():
 
     started = time.perf_counter()
     group = roll_out(say_yes, grade=grade, group_size=256)
-    assert time.perf_counter() - started < 1.0
+    # One after the other they take 51 s, in the threads of asyncio.to_thread on two cores 9 s.
+    assert time.perf_counter() - started < 3.0
     assert all(rollout.reward == 1.0 for rollout in group.rollouts)
     assert all(rollout.environment_s >= 0.2 for rollout in group.rollouts)
 
@@ -103,7 +104,7 @@ def test_hung_environments_leave_the_others_of_the_process_alone():
     async def generate(prompt, sampling):
         return answer_ids(next(answers))
 
-    rollouts = roll_out(generate, grade=grade, group_size=64, env_timeout_s=0.5).rollouts
+    rollouts = roll_out(generate, grade=grade, group_size=64, env_timeout_s=1.5).rollouts
     release.set()
     statuses = [rollout.status for rollout in rollouts]
     assert statuses.count(RolloutStatus.GRADING_ERROR) == 32
@@ -134,8 +135,8 @@ def test_time_is_booked_on_the_side_that_was_waited_for():
         return answer_ids("yes")
 
     rollout = roll_out(generate, grade=lambda answer, gold: time.sleep(0.3) or 1.0).rollouts[0]
-    assert 0.1 <= rollout.generation_s < 0.25
-    assert 0.3 <= rollout.environment_s < 0.45
+    assert 0.1 <= rollout.generation_s < rollout.environment_s
+    assert rollout.environment_s >= 0.3
 
 
 def test_an_environment_cannot_pretend_that_a_generator_was_lost():
