@@ -79,9 +79,7 @@ def repack_tied_head(model: nn.Module) -> None:
     _pack_own(typed.lm_head)
 
 
-def _pack(
-    layer: Layer, tensors: Sequence[Tensor], buffers: dict[tuple[int, ...], Tensor]
-) -> None:
+def _pack(layer: Layer, tensors: Sequence[Tensor], buffers: dict[tuple[int, ...], Tensor]) -> None:
     """Let a linear layer pack the tensors, one below the other."""
     dtype = layer.weight.dtype
     joined = tensors[0]

@@ -31,6 +31,7 @@ from past_ray.pipelines.data import (
 from past_ray.pipelines.evaluation import evaluate
 from past_ray.pipelines.progress import ProgressDisplay
 from past_ray.pipelines.stages import RunDirectory, StageResult
+from past_ray.pipelines.tracking import open_trackers
 from past_ray.runtime.checkpoints import checkpoint_folder
 from past_ray.runtime.cluster import cluster_supply
 from past_ray.runtime.controller import RLRun, train_grpo
@@ -73,15 +74,19 @@ class Laboratory(AbstractContextManager["Laboratory"]):
         self._runner = asyncio.Runner()
         self._session: RLSession | None = None
         self._num_evaluated = 0
+        self._trackers = open_trackers(config.tracking, config.run_dir, name=config.name)
+        self._stage = ""
 
     def __exit__(self, *_: object) -> None:
         """End the RL actors."""
+        self._trackers.close()
         self.close_session()
         self._runner.close()
 
     def execute(self, stages: Iterable[Stage]) -> None:
         """Run every stage that has not finished before."""
         for stage in stages:
+            self._stage = stage.name
             with self._progress.stage(stage.name, stage.num_steps):
                 self.run.run(stage.name, stage.work)
 
@@ -314,12 +319,16 @@ class Laboratory(AbstractContextManager["Laboratory"]):
         )
 
     def _on_sft_step(self, row: Mapping[str, float]) -> None:
-        """Show a step; SFT counts them from 0."""
+        """Show and track a step; SFT counts them from 0."""
         tokens_per_s = row["tokens"] / row["seconds"]
-        self._progress.step(int(row["step"]) + 1, {**row, "tokens_per_s": tokens_per_s})
+        self._on_step(int(row["step"]) + 1, {**row, "tokens_per_s": tokens_per_s})
 
     def _on_rl_step(self, row: Mapping[str, float]) -> None:
-        self._progress.step(int(row["step"]), row)
+        self._on_step(int(row["step"]), row)
+
+    def _on_step(self, step: int, row: Mapping[str, float]) -> None:
+        self._progress.step(step, row)
+        self._trackers.log(row, step=step, stage=self._stage)
 
     def _tokenizer(self) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(self.model("base"))

@@ -23,6 +23,7 @@ from past_ray.pipelines.progress import ProgressDisplay
 from past_ray.pipelines.provenance import open_run
 from past_ray.pipelines.report import write_report
 from past_ray.pipelines.summary import geometry_stage, summarise
+from past_ray.pipelines.tracking import check_tracking
 from past_ray.runtime.cluster import ray_cluster
 
 logger = logging.getLogger(__name__)
@@ -38,6 +39,7 @@ def run_past(config: ExperimentConfig) -> dict[str, Any]:
         ConfigError: If the run directory is another run's or the cluster cannot hold the run.
         DataError: If a table is malformed.
     """
+    check_tracking(config.tracking)
     open_run(config)
     with (
         ray_cluster(config.runtime),

@@ -11,7 +11,7 @@ from past_ray.config.loading import config_hash, dump_config
 from past_ray.errors import ConfigError
 from past_ray.storage import write_json, write_text
 
-PLACEMENT_KEYS = ("run_dir", "runtime", "serving")
+PLACEMENT_KEYS = ("run_dir", "runtime", "serving", "tracking")
 """Sections that may differ when a run is continued: they say where it runs, not what it computes.
 """
 

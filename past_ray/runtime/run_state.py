@@ -21,7 +21,7 @@ def write_buffer(groups_by_step: Mapping[int, Sequence[RolloutGroup]]) -> dict[s
     files: dict[str, bytes] = {}
     for step, groups in groups_by_step.items():
         content = io.BytesIO()
-        pq.write_table(rollouts_to_table(groups, step=step), content)
+        pq.write_table(rollouts_to_table(groups, step=step + 1), content)
         files[f"{PREFIX}{step:06d}.parquet"] = content.getvalue()
     return files
 

@@ -227,7 +227,9 @@ def test_a_keeping_command_runs_between_two_steps_of_requests_that_stay(loop, en
     first = in_thread(loop.complete, [[1]], [GREEDY])
     assert engine.has_started.wait(10)
     seen = []
-    command = in_thread(lambda: loop.run(lambda: seen.append(len(engine.requests)), in_flight="keep"))
+    command = in_thread(
+        lambda: loop.run(lambda: seen.append(len(engine.requests)), in_flight="keep")
+    )
     wait_until_queued(loop, 1)
     engine.gate.set()
     command()

@@ -6,8 +6,8 @@ import torch
 from past_ray.engine.fake import FAKE_WEIGHT, FakeGenerator, FakeLearner, scripted
 from past_ray.engine.generator_checks import check_weight_names, eos_token_ids
 from past_ray.errors import ClusterError, ConfigError, GenerationError
-from past_ray.rl.protocols import Generator, Learner
 from past_ray.rl.objective import StepTotals
+from past_ray.rl.protocols import Generator, Learner
 from past_ray.rl.types import SamplingParams, TrainSample
 
 SAMPLE = TrainSample(
@@ -76,7 +76,9 @@ def test_a_closed_generator_says_so():
 
 def test_the_learner_adds_the_mean_advantage_of_the_step_and_counts_it():
     learner: Learner = FakeLearner()
-    metrics = learner.train_step([SAMPLE], totals=StepTotals(num_loss_tokens=4, num_rollouts=1, rollout_token_limit=8))
+    metrics = learner.train_step(
+        [SAMPLE], totals=StepTotals(num_loss_tokens=4, num_rollouts=1, rollout_token_limit=8)
+    )
     assert learner.export_weights()[FAKE_WEIGHT].tolist() == [0.75]
     assert learner.policy_version == 1
     assert metrics == {"loss": -0.75}
@@ -85,7 +87,9 @@ def test_the_learner_adds_the_mean_advantage_of_the_step_and_counts_it():
 
 def test_the_learner_continues_from_what_it_saved(tmp_path):
     learner = FakeLearner()
-    learner.train_step([SAMPLE], totals=StepTotals(num_loss_tokens=4, num_rollouts=1, rollout_token_limit=8))
+    learner.train_step(
+        [SAMPLE], totals=StepTotals(num_loss_tokens=4, num_rollouts=1, rollout_token_limit=8)
+    )
     learner.save(tmp_path / "step-1")
     again = FakeLearner.load(tmp_path / "step-1")
     assert again.policy_version == 1

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from past_ray.config.experiment import ExperimentConfig
 from past_ray.config.runtime import GeneratorConfig, RuntimeConfig
 from past_ray.config.sft import LoraConfig
 from past_ray.engine.fake import FakeGenerator
@@ -28,6 +29,8 @@ from past_ray.envs.base import EnvStep
 from past_ray.envs.chat import chat_codec
 from past_ray.envs.rollout import run_group
 from past_ray.errors import ClusterError, ConfigError
+from past_ray.pipelines.laboratory import Laboratory
+from past_ray.pipelines.progress import ProgressDisplay
 from past_ray.rl.batching import build_train_sample
 from past_ray.rl.types import Completion, RolloutStatus, SamplingParams
 from past_ray.runtime.placement import RLPlacement, check_supply, rl_bundles
@@ -141,6 +144,24 @@ def test_pitfall_09_prompt_and_completion_share_the_limit_to_the_last_token():
     assert "the prompt has 33 and may be completed by 8" in str(
         prompt_error([6] * 33, sampling, limits)
     )
+
+
+def test_pitfall_09_prompts_over_the_limit_are_counted_and_refused_before_anything_trains(
+    checkpoint, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(Laboratory, "model", lambda self, name: checkpoint)
+    runtime = {"generator": {"max_model_len": 14}}
+    config = ExperimentConfig.model_validate({"run_dir": str(tmp_path), "runtime": runtime})
+    with Laboratory(config, ProgressDisplay()) as laboratory:
+        laboratory.execute([laboratory.data()])
+        questions = laboratory.domain("source").questions
+        codec = chat_codec(AutoTokenizer.from_pretrained(checkpoint))
+        lengths = [len(codec.render(example.messages)) for example in questions]
+        room = 14 - max(config.rl.max_new_tokens, config.evaluation.max_new_tokens)
+        too_long = sum(length > room for length in lengths)
+        assert 0 < too_long
+        with pytest.raises(ConfigError, match=f"{too_long} prompts of source are longer than"):
+            laboratory._check_prompts()
 
 
 # 13. Sleep and wake
