@@ -162,12 +162,15 @@ class GRPOLearner:
             largest = max(largest, float((logprobs - pack.generator_logprobs).abs().max()))
         return largest
 
-    def export_weights(self) -> dict[str, Tensor]:
+    def export_weights(self, *, copy: bool = True) -> dict[str, Tensor]:
         """Return all weights in fp32 on CPU under Hugging Face names; empty on ranks but 0.
 
         A tied head appears once, as the embeddings. An adapter is merged.
+
+        Args:
+            copy: False may return the learner's own tensors, which the next step changes.
         """
-        return self._plain_weights(full_state_dict(self._model))
+        return self._plain_weights(full_state_dict(self._model, copy=copy))
 
     def export_adapter(self) -> AdapterWeights | None:
         """Return the adapter in fp32 on CPU; None without one, and on ranks but 0."""

@@ -121,15 +121,18 @@ def shard_model(model: ModelT) -> ModelT:
     return model
 
 
-def full_state_dict(model: nn.Module, *, trainable_only: bool = False) -> dict[str, Tensor]:
-    """Return a copy of all weights in float32 on CPU; empty on ranks other than 0.
+def full_state_dict(
+    model: nn.Module, *, trainable_only: bool = False, copy: bool = True
+) -> dict[str, Tensor]:
+    """Return all weights in float32 on CPU; empty on ranks other than 0.
 
     A parameter that the model uses under two names (a tied head) appears once, under the first.
-    The copy does not change when training goes on.
 
     Args:
         model: The model, sharded or not.
         trainable_only: Leave out frozen parameters, such as those under an adapter.
+        copy: The result does not change when training goes on. Without it, tensors that are
+            whole, on CPU and float32 already are the model's own.
     """
     options = StateDictOptions(
         full_state_dict=True,
@@ -143,8 +146,8 @@ def full_state_dict(model: nn.Module, *, trainable_only: bool = False) -> dict[s
     weights: dict[str, Tensor] = {}
     for name, tensor in gathered.items():
         if name not in aliases:
-            copied = tensor.detach().to(device="cpu", dtype=torch.float32, copy=True)
-            weights[name] = copied.contiguous()
+            taken = tensor.detach().to(device="cpu", dtype=torch.float32, copy=copy)
+            weights[name] = taken.contiguous()
     return weights
 
 

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from past_ray.config.runtime import GeneratorConfig
-from past_ray.engine.adapter_store import AdapterStore, vllm_lora_rank
 from past_ray.engine.generator_checks import (
     check_version,
     check_weight_names,
     check_weight_shapes,
 )
+from past_ray.engine.vllm_adapters import AdapterStore, vllm_lora_rank
 from past_ray.errors import ClusterError, ConfigError, ParityError
 from past_ray.rl.adapter_weights import AdapterWeights
 from past_ray.rl.types import Completion, FinishReason, SamplingParams

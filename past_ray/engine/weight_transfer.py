@@ -40,9 +40,9 @@ from vllm.model_executor.model_loader.reload import (
     initialize_layerwise_reload,
 )
 
-from past_ray.engine.direct_load import can_load_directly, load_directly, repack_tied_head
 from past_ray.engine.generator_checks import check_weight_names, check_weight_shapes, is_tied
-from past_ray.engine.weight_plan import (
+from past_ray.engine.vllm_direct_load import can_load_directly, load_directly, repack_tied_head
+from past_ray.engine.vllm_weight_plan import (
     TIED_HEAD,
     checkpoint_shapes,
     missed_weights,

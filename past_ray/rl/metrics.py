@@ -37,7 +37,7 @@ def rollout_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
         groups: All groups of the step, failed rollouts included.
 
     Returns:
-        ``num_rollouts``, ``reward`` (mean over completed rollouts), ``num_tokens`` (sampled in all),
+        ``num_rollouts``, ``reward`` (mean over completed rollouts), ``num_tokens`` (all sampled),
         ``completion_tokens`` (mean per completed rollout), ``truncated_frac`` (last completion hit
         its limit, of completed ones), ``error_frac`` (of all rollouts) and ``constant_group_frac``
         (groups whose completed rollouts have equal rewards, so nothing to learn). A mean over

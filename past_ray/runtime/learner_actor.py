@@ -11,10 +11,11 @@ from torch import Tensor
 from past_ray.config.rl import RLConfig
 from past_ray.engine.learner import GRPOLearner
 from past_ray.engine.sharding import init_process_group
+from past_ray.engine.shared_weights import SharedWeights
 from past_ray.rl.adapter_weights import AdapterWeights
 from past_ray.rl.objective import StepTotals
 from past_ray.rl.types import TrainSample
-from past_ray.runtime.nccl_sync import NCCLSender
+from past_ray.runtime.nccl_sync import IPCSender, NCCLSender
 
 
 class LearnerShell:
@@ -31,6 +32,7 @@ class LearnerShell:
         self._config = config
         self._rank = rank
         self._world_size = world_size
+        self._sender: NCCLSender | IPCSender | None = None
 
     def rendezvous_address(self) -> tuple[str, int]:
         """Return this node's address and a port that is free on it, for rank 0 to listen on."""
@@ -74,26 +76,34 @@ class LearnerShell:
         """Return the largest difference to the generator's log-probabilities, in nats."""
         return self._learner.logprob_gap(samples)
 
-    def export_weights(self) -> dict[str, Tensor]:
-        """Return all weights on rank 0, nothing on the others."""
-        return self._learner.export_weights()
+    def export_weights(self) -> SharedWeights:
+        """Return all weights on rank 0, nothing on the others; Ray makes the only copy."""
+        return SharedWeights(self._learner.export_weights(copy=False))
 
     def export_adapter(self) -> AdapterWeights | None:
         """Return the adapter on rank 0 of a LoRA run, else None."""
         return self._learner.export_adapter()
 
-    def open_nccl_sender(self, generators: Sequence[Any], workers_per_generator: int) -> None:
-        """Meet the generators in an NCCL group; for rank 0 alone."""
-        address, port = self.rendezvous_address()
-        self._sender = NCCLSender(
-            generators, workers_per_generator=workers_per_generator, address=address, port=port
-        )
+    def open_sender(
+        self, generators: Sequence[Any], workers_per_generator: int, transfer: str
+    ) -> None:
+        """Meet the generators for ``nccl``, where rank 0 sends, or ``ipc``, where every rank does.
+
+        Not run on a GPU yet.
+        """
+        if transfer == "ipc":
+            self._sender = IPCSender(generators, rank=self._rank)
+        elif self._rank == 0:
+            address, port = self.rendezvous_address()
+            self._sender = NCCLSender(
+                generators, workers_per_generator=workers_per_generator, address=address, port=port
+            )
 
     def send_weights(self, policy_version: int, weights: Mapping[str, Tensor] | None) -> None:
-        """Send all weights over NCCL: those given, or with None the policy's own."""
+        """Send all weights past the object store: those given, or with None the policy's own."""
         if weights is None:
             weights = self._learner.export_weights()
-        if self._rank == 0:
+        if self._sender is not None:
             self._sender.send(weights, policy_version)
 
     def save(self, folder: Path, *, extra_files: Mapping[str, bytes] | None = None) -> None:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from past_ray.config.rl import RLConfig
 from past_ray.config.runtime import RuntimeConfig
+from past_ray.engine.shared_weights import SharedWeights
 from past_ray.errors import ActorLostError, ClusterError, ParityError
 from past_ray.rl.types import Completion, SamplingParams, TrainSample
 from past_ray.runtime.supervisor import Handle, SupervisedActor, ready_among
@@ -93,7 +94,7 @@ class WeightSync:
     def set_adapter_base(self, checkpoint: Path) -> None:
         """Note the weights under the learners' adapter; the next sync brings them."""
         self._have_base = set()
-        self._base = ray.put(load_weights(checkpoint)) if self._rl.lora is not None else None
+        self._base = None if self._rl.lora is None else _put(load_weights(checkpoint))
 
     async def from_learners(self, version: int, *, probe: Sequence[list[int]]) -> SyncResult:
         """Give all generators the learners' weights and compare both on fixed prompts.
@@ -127,7 +128,7 @@ class WeightSync:
             self._current = _Current(version=version, weights=ref)
             await self._give_all()
         seconds = time.perf_counter() - started
-        gap = await self._parity_gap(probe)
+        gap = await self._parity_gap(probe, version)
         if not gap <= self._rl.parity_tolerance:
             raise ParityError(
                 f"generator and learner must agree within {self._rl.parity_tolerance:g} nats after "
@@ -138,7 +139,7 @@ class WeightSync:
 
     async def from_driver(self, weights: Mapping[str, Tensor], version: int) -> None:
         """Give every generator weights that no learner holds, as evaluation does."""
-        ref = ray.put(dict(weights))
+        ref = _put(weights)
         self._have_base = set()
         self._current = _Current(version=version, weights=ref)
         if self._transfer == "object_store":
@@ -211,8 +212,11 @@ class WeightSync:
     def _transfer(self) -> str:
         return self._config.generator.weight_transfer
 
-    async def _parity_gap(self, probe: Sequence[list[int]]) -> float:
-        """Sample to the probe's prompts with every generator and score that with the learners."""
+    async def _parity_gap(self, probe: Sequence[list[int]], version: int) -> float:
+        """Sample to the probe's prompts with every generator and score that with the learners.
+
+        On the way each generator checks the parts of the sync: version, cache, weights, adapter.
+        """
         ready = await ready_among(self._generators)
         sampling = [
             SamplingParams(
@@ -222,7 +226,7 @@ class WeightSync:
         ]
         answers: list[Any] = await asyncio.gather(
             *(
-                actor.result_of(lambda handle: handle.generate.remote(list(probe), sampling))
+                actor.result_of(lambda handle: handle.probe.remote(list(probe), sampling, version))
                 for actor in ready
             ),
             return_exceptions=True,
@@ -238,6 +242,10 @@ class WeightSync:
                 for prompt, completion in zip(probe, answer, strict=True)
             ]
         return max(await self._call_learners(lambda learner: learner.logprob_gap.remote(samples)))
+
+
+def _put(weights: Mapping[str, Tensor]) -> Any:  # noqa: ANN401 - an object ref
+    return ray.put(SharedWeights(weights))
 
 
 def _probe_sample(prompt: list[int], completion: Completion) -> TrainSample:

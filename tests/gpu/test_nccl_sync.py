@@ -4,6 +4,7 @@ None of these has been run: no machine with GPUs was at hand.
 """
 
 import asyncio
+from functools import partial
 
 import pytest
 import ray
@@ -11,7 +12,7 @@ import torch
 
 from past_ray.config.rl import RLConfig
 from past_ray.config.runtime import GeneratorConfig, RuntimeConfig
-from past_ray.envs.closed_book_qa import ClosedBookQAEnv
+from past_ray.envs.closed_book_qa import ClosedBookQA
 from past_ray.runtime.session import RLSession
 from tests.tiny_model import make_tiny_model
 
@@ -42,7 +43,8 @@ def test_generator_and_learner_agree_after_a_sync_of_other_weights(tmp_path, col
         generator=GeneratorConfig(max_model_len=64, gpu_memory_frac=0.3, **generator),
     )
     ray.init(address="local", include_dashboard=False, log_to_driver=False)
-    session = RLSession(runtime, RLConfig(), model_folder=folder, make_env=ClosedBookQAEnv)
+    make_env = partial(ClosedBookQA, grade=lambda answer, gold: float(answer == gold))
+    session = RLSession(runtime, RLConfig(), model_folder=folder, make_env=make_env)
 
     async def synced():
         await session.open()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from past_ray.config.runtime import GeneratorConfig
-from past_ray.engine import direct_load, weight_transfer
+from past_ray.engine import vllm_direct_load, weight_transfer
 from past_ray.engine.generators import build_generator
 from past_ray.errors import ClusterError, ParityError
 from tests.tiny_model import make_tiny_model
@@ -102,8 +102,8 @@ def test_a_head_that_multiplies_by_a_stale_copy_is_named(generator, folder, monk
         if type(layer).__name__ != "ParallelLMHead":
             honest(layer)
 
-    honest = direct_load._pack_own
-    monkeypatch.setattr(direct_load, "_pack_own", forget_head)
+    honest = vllm_direct_load._pack_own
+    monkeypatch.setattr(vllm_direct_load, "_pack_own", forget_head)
     generator.update_weights(weights_of(perturbed(folder, 0.05)), 1)
     if "lm_head.weight" in weights_of(load(folder)):
         pytest.skip("an untied head is read back from its parameter, see its own test")

@@ -5,8 +5,8 @@ import torch
 from pydantic import ValidationError
 
 from past_ray.config.runtime import GeneratorConfig, RuntimeConfig
-from past_ray.engine.adapter_store import VLLM_RANKS, vllm_lora_rank
 from past_ray.engine.shared_weights import SharedWeights
+from past_ray.engine.vllm_adapters import VLLM_RANKS, vllm_lora_rank
 from past_ray.rl.continuation import continuation_seed, joined, remaining
 from past_ray.rl.types import Completion, SamplingParams
 

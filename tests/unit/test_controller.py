@@ -5,10 +5,10 @@ import os
 import signal
 
 import pytest
-from past_ray.rl.rollout_table import read_rollouts
 
 from past_ray.config.rl import RLConfig
 from past_ray.errors import ClusterError, DataError, PastRayError
+from past_ray.rl.rollout_table import read_rollouts
 from tests.fake_session import FakeSession, examples, train
 
 RL = RLConfig(num_steps=4, prompts_per_step=2, group_size=2, checkpoint_every_steps=2)

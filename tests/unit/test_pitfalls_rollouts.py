@@ -154,13 +154,13 @@ def test_pitfall_09_prompts_over_the_limit_are_counted_and_refused_before_anythi
     config = ExperimentConfig.model_validate({"run_dir": str(tmp_path), "runtime": runtime})
     with Laboratory(config, ProgressDisplay()) as laboratory:
         laboratory.execute([laboratory.data()])
-        questions = laboratory.domain("source").questions
+        examples = laboratory.domain("source_1").examples()
         codec = chat_codec(AutoTokenizer.from_pretrained(checkpoint))
-        lengths = [len(codec.render(example.messages)) for example in questions]
+        lengths = [len(codec.render(example.messages)) for example in examples]
         room = 14 - max(config.rl.max_new_tokens, config.evaluation.max_new_tokens)
         too_long = sum(length > room for length in lengths)
-        assert 0 < too_long
-        with pytest.raises(ConfigError, match=f"{too_long} prompts of source are longer than"):
+        assert too_long > 0
+        with pytest.raises(ConfigError, match=f"{too_long} prompts of source_1 are longer than"):
             laboratory._check_prompts()
 
 

@@ -25,7 +25,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from vllm.platforms import current_platform
 
 from past_ray.engine.generator_checks import is_tied
-from past_ray.engine.weight_plan import Layer, Place
+from past_ray.engine.vllm_weight_plan import Layer, Place
 
 
 def can_load_directly(model: nn.Module) -> bool:
