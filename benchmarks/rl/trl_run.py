@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import time
-from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ import torch
 from datasets import Dataset
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
-from trl.generation import vllm_generation
 
 from benchmarks.rl.workload import Workload, hashed_reward, questions
 
@@ -84,10 +83,6 @@ def main() -> None:
     workload = Workload(**job["workload"])
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     threads = job["threads"] // ranks
-    if "vllm_dtype" in job["settings"]:
-        # TRL leaves the dtype to vLLM, which takes 16 bit for a float32 model.
-        llm, dtype = vllm_generation.LLM, job["settings"].pop("vllm_dtype")
-        vllm_generation.LLM = partial(llm, dtype=dtype)
     torch.set_num_threads(threads)
     recorder = Recorder()
     trainer = GRPOTrainer(
@@ -104,12 +99,12 @@ def main() -> None:
     trainer.train()
     ended = recorder.ended
     report = {
-        "seconds": [after - before for before, after in zip(ended, ended[1:], strict=False)],
+        "seconds": [after - before for before, after in pairwise(ended)],
         "lengths": recorder.completions,
         "threads": torch.get_num_threads(),
         "affinity": sorted(os.sched_getaffinity(0)),
         "dtypes": sorted({str(p.dtype) for p in trainer.model.parameters()}),
-        "loss_is_finite": all(bool(p.isfinite().all()) for p in trainer.model.parameters()),
+        "is_finite": all(bool(p.isfinite().all()) for p in trainer.model.parameters()),
     }
     Path(f"{job['out']}.{rank}").write_text(json.dumps(report))
 

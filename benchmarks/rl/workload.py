@@ -31,7 +31,7 @@ class Workload:
     """Tokens of every prompt."""
 
     completion_tokens: int = 64
-    """Limit of a completion. A random model ends one in about 4096 tokens, so nearly all reach it."""
+    """Limit of a completion. A random model ends 1 in 4096 tokens, so nearly all reach it."""
 
     learning_rate: float = 1e-5
     """Of AdamW."""
@@ -55,7 +55,7 @@ def questions(workload: Workload) -> list[str]:
 
 
 def hashed_reward(text: str) -> float:
-    """Return a number in [0, 1) that only the text decides: groups of a random model get a spread."""
+    """Return a number in [0, 1) that only the text decides, so that groups get a spread."""
     return hashlib.sha256(text.encode()).digest()[0] / 256
 
 

@@ -107,7 +107,6 @@ def test_several_turns_ahead_of_the_learner_with_turn_advantages(folder, tmp_pat
         update={"max_staleness": 2, "max_turns": 3, "advantage": "turn", "num_steps": 5}
     )
     generator = VLLM.model_copy(update={"on_sync": on_sync})
-    make_env = lambda example: CountingEnv(example)  # noqa: E731 - pickled by value
     _, rows, *_ = run_grpo(
         folder, tmp_path, rl=rl, config=runtime(generator=generator), make_env=counting_env()
     )
