@@ -43,6 +43,17 @@ BENCH_PIP := .venv-bench/bin/python -m pip install --quiet --disable-pip-version
 bench-skill: install .venv-bench/.installed  ## Injection against mergekit and a copy: runs/bench/skill.json
 	$(BIN)/python -m benchmarks.bench_skill
 
+# TRL sees .venv, so that both sides share torch, transformers and vLLM; what it adds stays apart.
+.venv-bench-rl/.installed: .venv/.installed requirements/bench-rl.lock
+	test -x .venv-bench-rl/bin/python || $(PYTHON) -m venv .venv-bench-rl
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+		> $$(.venv-bench-rl/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/shared.pth
+	.venv-bench-rl/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/bench-rl.lock
+	touch $@
+
+bench-rl: install .venv-bench-rl/.installed  ## GRPO against TRL, and the parts of a step: runs/bench/rl.json
+	$(BIN)/python -m benchmarks.bench_rl
+
 chaos: install  ## kill -9 of random processes of a GRPO run: runs/chaos/report.json
 	$(BIN)/python -m benchmarks.chaos
 

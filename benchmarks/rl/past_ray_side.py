@@ -30,7 +30,7 @@ GENERATOR_DTYPE: Mapping[str, Literal["float32", "bfloat16"]] = {
     "fp32": "float32",
     "bf16": "bfloat16",
 }
-BF16_PARITY_TOLERANCE = 0.5
+PARITY_TOLERANCE = {"fp32": 1e-4, "bf16": 0.5}
 """Nats. The probe of a 16-bit generator can tell missing weights from rounding, no more."""
 
 
@@ -121,7 +121,7 @@ def rl_config(settings: Settings) -> RLConfig:
         max_turns=settings.num_turns,
         precision=settings.precision,
         checkpoint_every_steps=settings.num_steps,
-        **({"parity_tolerance": BF16_PARITY_TOLERANCE} if settings.precision == "bf16" else {}),
+        parity_tolerance=PARITY_TOLERANCE[settings.precision],
     )
 
 

@@ -23,14 +23,16 @@ SETTINGS: dict[str, tuple[int, dict[str, Any]]] = {
     "fp32, 2 ranks": (2, {}),
     "bf16, 2 ranks": (2, {"bf16": True}),
     "bf16, 2 ranks, 2 micro-batches": (2, {"bf16": True, "micro_batches": 2}),
-    "bf16, 2 ranks, static cache": (2, {"bf16": True, "cache_implementation": "static"}),
+    "bf16, 2 ranks, 4 micro-batches": (2, {"bf16": True, "micro_batches": 4}),
+    "fp32, 2 ranks, static cache": (2, {"cache_implementation": "static"}),
     "bf16, 2 ranks, plain DDP": (2, {"bf16": True, "ddp_find_unused_parameters": False}),
     "bf16, 2 ranks, torch.compile": (2, {"bf16": True, "torch_compile": True}),
     "fp32, continuous batching": (1, {"use_transformers_continuous_batching": True}),
     "vLLM colocated": (1, {"use_vllm": True, "vllm_mode": "colocate"}),
 }
 """Ranks and settings. Ranks share the two cores by one thread each, one rank takes both. bf16 is
-autocast over fp32 masters. TRL's vLLM server mode is missing: it pushes weights over NCCL."""
+autocast over fp32 masters; a static cache does not run with it. TRL's vLLM server mode is missing:
+it pushes weights over NCCL."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,11 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 VOCABULARY = 4096
-END, PAD, ASSISTANT = "<eos>", "<pad>", "<assistant>"
+SPECIAL = ("<eos>", "<pad>", "<user>", "<assistant>")
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ message['content'] }} {% endfor %}"
-    f"{{% if add_generation_prompt %}}{ASSISTANT}{{% endif %}}"
+    "{% for message in messages %}<{{ message['role'] }}> {{ message['content'] }} <eos> "
+    "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )
+TEMPLATE_TOKENS = 3
+"""What the template adds to one question."""
+
+NUM_WORDS = VOCABULARY - len(SPECIAL)
+
 KEEP_TOKENIZER_JSON = {"AutoTokenizer": [None, "PreTrainedTokenizerFast"]}
 """Without it transformers 5 puts Qwen2's byte-level pre-tokenizer around our words."""
 
@@ -46,10 +51,10 @@ class Workload:
 
 
 def questions(workload: Workload) -> list[str]:
-    """Return prompts that differ from their second word on; the template adds the last token."""
-    words = workload.prompt_tokens - 1
+    """Return questions that make different prompts of equal length."""
+    words = workload.prompt_tokens - TEMPLATE_TOKENS
     return [
-        " ".join(f"w{(index * words + position) % (VOCABULARY - 3)}" for position in range(words))
+        " ".join(f"w{(index * words + position) % NUM_WORDS}" for position in range(words))
         for index in range(workload.num_questions)
     ]
 
@@ -59,34 +64,42 @@ def hashed_reward(text: str) -> float:
     return hashlib.sha256(text.encode()).digest()[0] / 256
 
 
-def write_model(folder: Path, *, layers: int = 4, hidden_size: int = 256) -> None:
-    """Write a random fp32 Qwen2 with tied embeddings and a tokenizer of one word per token."""
-    import torch
+def write_tokenizer(folder: Path) -> None:
+    """Write a tokenizer of one word per token, with a chat template."""
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+    from transformers import PreTrainedTokenizerFast
 
-    words = [END, PAD, ASSISTANT, *(f"w{i}" for i in range(VOCABULARY - 3))]
+    words = [*SPECIAL, *(f"w{i}" for i in range(NUM_WORDS))]
     core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="w0"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, eos_token=END, pad_token=PAD, auto_map=KEEP_TOKENIZER_JSON
+        tokenizer_object=core,
+        eos_token=SPECIAL[0],
+        pad_token=SPECIAL[1],
+        auto_map=KEEP_TOKENIZER_JSON,
     )
     tokenizer.chat_template = CHAT_TEMPLATE
-    torch.manual_seed(0)
-    model = Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=VOCABULARY,
-            hidden_size=hidden_size,
-            intermediate_size=3 * hidden_size,
-            num_hidden_layers=layers,
-            num_attention_heads=hidden_size // 64,
-            num_key_value_heads=hidden_size // 64,
-            max_position_embeddings=512,
-            tie_word_embeddings=True,
-            bos_token_id=None,
-            eos_token_id=0,
-            pad_token_id=1,
-        )
-    )
-    model.float().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def write_model(folder: Path) -> None:
+    """Write a random fp32 Qwen2 of 4.2M parameters with tied embeddings, and its tokenizer."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=256,
+        intermediate_size=768,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=1,
+    )
+    Qwen2ForCausalLM(config).float().save_pretrained(folder)
+    write_tokenizer(folder)
