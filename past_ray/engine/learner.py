@@ -148,6 +148,7 @@ class GRPOLearner:
         """Return each sample's log-probabilities, length T; position 0 is 0."""
         rows: list[list[float]] = [[] for _ in samples]
         for pack in self._packs(samples, every_token=True):
+            pack = pack.to(self._device)
             logprobs, _ = self._score(self._model, pack)
             for index, row in zip(pack.indices, logprobs.tolist(), strict=False):
                 rows[index] = [0.0, *row[: len(samples[index].token_ids) - 1]]
@@ -155,12 +156,16 @@ class GRPOLearner:
 
     @torch.no_grad()
     def logprob_gap(self, samples: Sequence[TrainSample]) -> float:
-        """Return the largest difference to ``generator_logprobs`` on loss tokens, in nats."""
-        largest = 0.0
+        """Return the largest difference to ``generator_logprobs`` on loss tokens, in nats.
+
+        NaN if any log-probability is.
+        """
+        gaps = [torch.zeros(())]
         for pack in self._packs(samples):
+            pack = pack.to(self._device)
             logprobs, _ = self._score(self._model, pack)
-            largest = max(largest, float((logprobs - pack.generator_logprobs).abs().max()))
-        return largest
+            gaps.append((logprobs - pack.generator_logprobs).abs().max().cpu())
+        return float(torch.stack(gaps).max())
 
     def export_weights(self, *, copy: bool = True) -> dict[str, Tensor]:
         """Return all weights in fp32 on CPU under Hugging Face names; empty on ranks but 0.

@@ -95,6 +95,13 @@ def test_gap_ignores_prompt_tokens(checkpoint: Path):
     assert learner.logprob_gap([masked]) == 0.0
 
 
+def test_a_gap_that_is_no_number_does_not_pass_for_none(checkpoint: Path):
+    learner = make_learner(checkpoint)
+    sample = make_samples()[0]
+    broken = replace(sample, generator_logprobs=[math.nan] * len(sample.token_ids))
+    assert math.isnan(learner.logprob_gap([broken]))
+
+
 def test_gradient_is_that_of_policy_loss_plus_weighted_penalty(
     checkpoint: Path, other_checkpoint: Path
 ):
