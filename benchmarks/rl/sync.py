@@ -25,12 +25,13 @@ PROBE = [[5, 6, 7, 8]]
 def measure_sync(model: Path) -> dict[str, Any]:
     """Return the median seconds of both, and their ratio."""
     syncs = asyncio.run(_syncs(model))
-    copies, num_bytes = _copies(model)
+    copies, clones, num_bytes = _copies(model)
     sync, copy = statistics.median(syncs[WARM_UP:]), statistics.median(copies)
     return {
         "sync_seconds": sync,
         "copy_seconds": copy,
         "sync_over_copy": sync / copy,
+        "sync_over_clone": sync / statistics.median(clones),
         "weight_bytes": num_bytes,
         "threads": torch.get_num_threads(),
         "raw_sync_seconds": syncs,
@@ -54,17 +55,22 @@ async def _syncs(model: Path) -> list[float]:
     return [result.seconds for result in results]
 
 
-def _copies(model: Path) -> tuple[list[float], int]:
-    """Copy all weights into buffers that have been touched before."""
+def _copies(model: Path) -> tuple[list[float], list[float], int]:
+    """Time copies of all weights into memory that was touched before, and into fresh memory."""
     weights = list(load_weights(model).values())
     buffers = [weight.clone() for weight in weights]
-    seconds: list[float] = []
+    copies: list[float] = []
+    clones: list[float] = []
     for _ in range(NUM_COPIES):
         started = time.perf_counter()
         for buffer, weight in zip(buffers, weights, strict=True):
             buffer.copy_(weight)
-        seconds.append(time.perf_counter() - started)
-    return seconds, sum(weight.nbytes for weight in weights)
+        copied = time.perf_counter()
+        fresh = [weight.clone() for weight in weights]
+        clones.append(time.perf_counter() - copied)
+        copies.append(copied - started)
+        del fresh
+    return copies, clones, sum(weight.nbytes for weight in weights)
 
 
 def _grade(answer: str, gold: str) -> float:

@@ -11,7 +11,11 @@ straight from the tensor that arrived, or from a small buffer where vLLM fuses s
 Packing itself is vLLM's (``process_weights_after_loading``).
 """
 
-from collections.abc import Mapping, Sequence
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +30,9 @@ from vllm.platforms import current_platform
 
 from past_ray.engine.generator_checks import is_tied
 from past_ray.engine.vllm_weight_plan import Layer, Place
+
+MAX_THREADS = 8
+"""Layers packed at once; more threads than that wait for memory."""
 
 
 def can_load_directly(model: nn.Module) -> bool:
@@ -59,15 +66,20 @@ def load_directly(
         else:
             rows = slice(place.first_row, place.first_row + place.shape[0])
             getattr(place.layer, place.parameter)[rows].copy_(weights[name])
-    buffers: dict[tuple[int, ...], Tensor] = {}
-    for layer, names in parts.items():
-        _pack(layer, [weights[name] for name in names], buffers)
+    packer = _Packer()
+    jobs = [
+        partial(packer.pack, layer, [weights[name] for name in names])
+        for layer, names in parts.items()
+    ]
     if is_tied(getattr(model, "config", None)):
-        repack_tied_head(model)
+        jobs.append(partial(repack_tied_head, model))
     else:
-        for layer in model.modules():
-            if isinstance(layer, ParallelLMHead):
-                _pack_own(layer)
+        heads = [layer for layer in model.modules() if isinstance(layer, ParallelLMHead)]
+        jobs += [partial(_pack_own, head) for head in heads]
+    # The largest first. Nothing is decoded meanwhile, and the learners wait: all cores are free.
+    with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as threads:
+        for done in [threads.submit(_without_grad, job) for job in reversed(jobs)]:
+            done.result()
 
 
 def repack_tied_head(model: nn.Module) -> None:
@@ -79,20 +91,35 @@ def repack_tied_head(model: nn.Module) -> None:
     _pack_own(typed.lm_head)
 
 
-def _pack(layer: Layer, tensors: Sequence[Tensor], buffers: dict[tuple[int, ...], Tensor]) -> None:
-    """Let a linear layer pack the tensors, one below the other."""
-    dtype = layer.weight.dtype
-    joined = tensors[0]
-    if len(tensors) > 1 or joined.dtype != dtype or not joined.is_contiguous():
-        shape = (sum(len(tensor) for tensor in tensors), joined.shape[1])
-        joined = buffers.setdefault(shape, torch.empty(0))
-        if joined.numel() == 0:
-            joined = buffers[shape] = torch.empty(shape, dtype=dtype)
-        torch.cat([tensor.to(dtype) for tensor in tensors], out=joined)
-    layer.weight = nn.Parameter(joined, requires_grad=False)
-    _pack_own(layer)
-    if layer.weight.numel():
-        raise RuntimeError("vLLM must pack a linear layer into memory of its own, and did not")
+class _Packer:
+    """Packs linear layers; every thread joins fused tensors in a buffer of its own."""
+
+    def __init__(self) -> None:
+        self._local = threading.local()
+
+    def pack(self, layer: Layer, tensors: Sequence[Tensor]) -> None:
+        """Let a layer pack the tensors, one below the other."""
+        dtype = layer.weight.dtype
+        joined = tensors[0]
+        if len(tensors) > 1 or joined.dtype != dtype or not joined.is_contiguous():
+            joined = self._buffer((sum(len(t) for t in tensors), joined.shape[1]), dtype)
+            torch.cat([tensor.to(dtype) for tensor in tensors], out=joined)
+        layer.weight = nn.Parameter(joined, requires_grad=False)
+        _pack_own(layer)
+        if layer.weight.numel():
+            raise RuntimeError("vLLM must pack a linear layer into memory of its own, and did not")
+
+    def _buffer(self, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        buffers = vars(self._local)
+        key = str(shape)
+        if key not in buffers:
+            buffers[key] = torch.empty(shape, dtype=dtype)
+        return buffers[key]
+
+
+@torch.no_grad()
+def _without_grad(job: Callable[[], None]) -> None:
+    job()
 
 
 def _pack_own(layer: Layer) -> None:
