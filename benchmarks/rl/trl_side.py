@@ -31,7 +31,7 @@ SETTINGS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 """Ranks and settings. Ranks share the two cores by one thread each, one rank takes both. bf16 is
 autocast over fp32 masters; a static cache does not run with it. TRL's vLLM server mode is missing:
-it pushes weights over NCCL; so is torch.compile, which took a minute to compile and was no faster."""
+it pushes weights over NCCL. So is torch.compile: a minute of compiling, and no faster."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
