@@ -29,7 +29,7 @@ def score_pack(
         logits = model(
             input_ids=pack.token_ids,
             position_ids=pack.position_ids,
-            sequence_lengths=pack.lengths,
+            segments=pack.segments,
             logits_to_keep=pack.predictors,
             use_cache=False,
         ).logits.squeeze(0)

@@ -6,6 +6,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 from past_ray.engine.flops import decoder_shape, step_flops
 from past_ray.engine.packed_attention import PACKED_ATTENTION
+from past_ray.engine.packing import Segment
 
 LENGTHS = (9, 4, 12)
 SIZES = {
@@ -28,7 +29,7 @@ def test_count_is_that_of_pytorch_but_for_pairs_that_causality_hides(config):
         logits = model(
             input_ids=torch.zeros(1, sum(LENGTHS), dtype=torch.long),
             position_ids=torch.cat([torch.arange(n) for n in LENGTHS]).unsqueeze(0),
-            sequence_lengths=LENGTHS,
+            segments=tuple(Segment(length=length) for length in LENGTHS),
             logits_to_keep=PREDICTORS,
             use_cache=False,
         ).logits

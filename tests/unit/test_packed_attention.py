@@ -1,5 +1,7 @@
 """A packed row of any decoder scores each sequence as if it stood alone."""
 
+import copy
+
 import pytest
 import torch
 from transformers import (
@@ -13,6 +15,7 @@ from transformers import (
 )
 
 from past_ray.engine.packed_attention import PACKED_ATTENTION, check_packable
+from past_ray.engine.packing import Segment
 from past_ray.errors import ConfigError
 
 LENGTHS = (9, 4, 1, 12)
@@ -35,6 +38,8 @@ CONFIGS = {
 
 def build(config, attention: str) -> PreTrainedModel:
     torch.manual_seed(0)
+    # The model keeps the config and reads the attention from it: two models must not share one.
+    config = copy.deepcopy(config)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     return model.float().eval()
 
@@ -49,7 +54,7 @@ def packed_logits(model: PreTrainedModel) -> list[torch.Tensor]:
     logits = model(
         input_ids=torch.cat(rows).unsqueeze(0),
         position_ids=torch.cat([torch.arange(len(row)) for row in rows]).unsqueeze(0),
-        sequence_lengths=LENGTHS,
+        segments=tuple(Segment(length=length) for length in LENGTHS),
         use_cache=False,
     ).logits
     return list(logits[0].split(LENGTHS))
@@ -64,6 +69,39 @@ def test_packed_logprobs_and_gradients_equal_those_of_each_sequence_alone(name: 
         torch.testing.assert_close(ours_row, alone_row, atol=1e-5, rtol=0)
     for rows in (found, alone):
         sum((row[:, 0] * torch.arange(len(row))).sum() for row in rows).backward()
+    for (label, ours_weight), plain_weight in zip(
+        ours.named_parameters(), plain.parameters(), strict=True
+    ):
+        scale = plain_weight.grad.abs().max().item()
+        torch.testing.assert_close(
+            ours_weight.grad, plain_weight.grad, atol=1e-5 * max(scale, 1.0), rtol=0, msg=label
+        )
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_sequences_behind_one_prompt_score_and_learn_as_if_each_had_its_own(name: str):
+    ours, plain = build(CONFIGS[name], PACKED_ATTENTION), build(CONFIGS[name], "eager")
+    prompt, *answers = sequences()
+    answers[1] = (answers[0] + 1) % 50  # Two of one length run together.
+    segments = [Segment(length=len(prompt))]
+    segments += [Segment(length=len(answer), prompt=0) for answer in answers]
+    positions = [torch.arange(len(prompt))]
+    positions += [torch.arange(len(prompt), len(prompt) + len(answer)) for answer in answers]
+    packed = ours(
+        input_ids=torch.cat([prompt, *answers]).unsqueeze(0),
+        position_ids=torch.cat(positions).unsqueeze(0),
+        segments=tuple(segments),
+        use_cache=False,
+    ).logits[0]
+    found = packed.log_softmax(-1).split([len(prompt), *map(len, answers)])[1:]
+    alone = [
+        plain(torch.cat([prompt, answer]).unsqueeze(0)).logits[0, len(prompt) :].log_softmax(-1)
+        for answer in answers
+    ]
+    for ours_row, alone_row in zip(found, alone, strict=True):
+        torch.testing.assert_close(ours_row, alone_row, atol=1e-5, rtol=0)
+    for rows in (found, alone):
+        sum((row[:, 0] * (1 + torch.arange(len(row)))).sum() for row in rows).backward()
     for (label, ours_weight), plain_weight in zip(
         ours.named_parameters(), plain.parameters(), strict=True
     ):

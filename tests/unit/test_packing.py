@@ -1,11 +1,13 @@
 """Packs hold every sample once, without padding, shifted by one."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from past_ray.engine.packing import filler_pack, pack_samples
+from past_ray.engine.packing import Pack, Segment, filler_pack, pack_samples
 from past_ray.errors import DataError
 from past_ray.rl.types import TrainSample
 
@@ -22,11 +24,26 @@ def sample(length: int, *, trains: set[int] | None = None, first_id: int = 10) -
     )
 
 
+def lengths(pack: Pack) -> list[int]:
+    return [segment.length for segment in pack.segments]
+
+
+def sequences(pack: Pack) -> list[list[int]]:
+    """The samples that a row stands for, put together again from its segments."""
+    parts = [part.tolist() for part in pack.token_ids[0].split(lengths(pack))]
+    prompts = {segment.prompt for segment in pack.segments}
+    return [
+        (parts[segment.prompt] if segment.prompt is not None else []) + part
+        for index, (segment, part) in enumerate(zip(pack.segments, parts, strict=True))
+        if index not in prompts
+    ]
+
+
 def test_samples_lie_end_to_end_and_predictors_stand_one_before_their_targets():
     samples = [sample(3, trains={1, 2}), sample(5, trains={2, 4}, first_id=30)]
     (pack,) = pack_samples(samples, max_tokens=8)
     assert pack.indices == (1, 0)
-    assert pack.lengths == (5, 3)
+    assert lengths(pack) == [5, 3]
     assert pack.token_ids.tolist() == [[30, 31, 32, 33, 34, 10, 11, 12]]
     assert pack.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2]]
     assert pack.predictors.tolist() == [1, 3, 5, 6]
@@ -54,28 +71,49 @@ def test_every_token_but_the_first_can_be_scored():
     assert pack.loss_mask.tolist() == [[True, True], [True, False]]
 
 
-@given(st.lists(st.integers(2, 30), max_size=20), st.integers(1, 60))
-def test_every_sample_is_in_one_pack_whole_and_within_the_budget(lengths, max_tokens):
-    samples = [sample(length, first_id=100 * index) for index, length in enumerate(lengths)]
+@given(st.lists(st.tuples(st.integers(2, 30), st.integers(0, 29)), max_size=20), st.integers(1, 60))
+def test_every_sample_is_in_one_pack_whole_and_within_the_budget(shapes, max_tokens):
+    samples = [
+        replace(sample(length), token_ids=[*prompt, *range(9, 9 + length - len(prompt))])
+        for length, prompt in ((n, [7] * min(k, n - 1)) for n, k in shapes)
+    ]
     packs = pack_samples(samples, max_tokens=max_tokens)
     assert sorted(index for pack in packs for index in pack.indices) == list(range(len(samples)))
     for pack in packs:
-        assert sum(pack.lengths) <= max_tokens or len(pack.lengths) == 1
-        assert sum(pack.lengths) == pack.token_ids.numel()
-        rows = pack.token_ids[0].split(pack.lengths)
-        for index, row in zip(pack.indices, rows, strict=True):
-            assert row.tolist() == samples[index].token_ids
+        assert pack.token_ids.numel() <= max_tokens or len(pack.indices) == 1
+        assert sequences(pack) == [samples[index].token_ids for index in pack.indices]
 
 
 @given(st.lists(st.integers(2, 30), min_size=1, max_size=30), st.integers(30, 60))
-def test_at_most_one_pack_is_less_than_half_full(lengths, max_tokens):
-    packs = pack_samples([sample(length) for length in lengths], max_tokens=max_tokens)
-    assert sum(2 * sum(pack.lengths) < max_tokens for pack in packs) <= 1
+def test_at_most_one_pack_is_less_than_half_full(sizes, max_tokens):
+    packs = pack_samples([sample(length) for length in sizes], max_tokens=max_tokens)
+    assert sum(2 * pack.token_ids.numel() < max_tokens for pack in packs) <= 1
+
+
+def test_a_prompt_that_samples_share_stands_in_the_row_once():
+    short = replace(sample(3), token_ids=[4, 5, 7])
+    long = replace(sample(4, trains={2, 3}), token_ids=[4, 5, 2, 3])
+    other = sample(3, first_id=50)
+    (pack,) = pack_samples([short, long, other], max_tokens=99)
+    assert pack.token_ids.tolist() == [[4, 5, 2, 3, 7, 50, 51, 52]]
+    assert pack.position_ids.tolist() == [[0, 1, 2, 3, 2, 0, 1, 2]]
+    expected = (Segment(length=2), Segment(length=2, prompt=0), Segment(length=1, prompt=0))
+    assert pack.segments == (*expected, Segment(length=3))
+    # Both first answers are predicted by the prompt's last token.
+    assert pack.predictors.tolist() == [1, 2, 1, 6]
+    assert pack.targets.tolist() == [2, 3, 7, 52]
+    assert pack.indices == (1, 0, 2)
+
+
+def test_a_family_larger_than_the_budget_repeats_its_prompt():
+    family = [replace(sample(6), token_ids=[1, 2, 3, 4, 5, 60 + i]) for i in range(4)]
+    packs = pack_samples(family, max_tokens=7)
+    assert [lengths(pack) for pack in packs] == [[5, 1, 1], [5, 1, 1]]
 
 
 def test_the_longest_sample_comes_first():
     packs = pack_samples([sample(2), sample(9), sample(4)], max_tokens=4)
-    assert [pack.lengths for pack in packs] == [(9,), (4,), (2,)]
+    assert [lengths(pack) for pack in packs] == [[9], [4], [2]]
 
 
 def test_filler_trains_nothing_and_stands_for_no_sample():

@@ -254,5 +254,5 @@ def test_pitfall_12_packs_hold_no_padding_and_positions_start_anew():
     samples = make_samples()
     (pack,) = pack_samples(samples, max_tokens=4096)
     assert pack.token_ids.shape == (1, sum(len(sample.token_ids) for sample in samples))
-    expected = [position for length in pack.lengths for position in range(length)]
+    expected = [position for s in pack.segments for position in range(s.length)]
     assert pack.position_ids.tolist() == [expected]
