@@ -11,21 +11,7 @@ import torch
 from tests.rl_runs import RL, assert_every_group_trained_once, run_grpo, runtime
 from tests.tiny_model import make_tiny_model
 
-pytestmark = pytest.mark.ray
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster():
-    ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        object_store_memory=100 << 20,
-        _temp_dir="/tmp/r_faults",
-    )
-    yield
-    ray.shutdown()
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("cluster")]
 
 
 @pytest.fixture(scope="module")

@@ -24,20 +24,6 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def cluster():
-    ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        object_store_memory=100 << 20,
-        _temp_dir="/tmp/r_generator",
-    )
-    yield
-    ray.shutdown()
-
-
-@pytest.fixture(scope="module")
 def pings_of_setup():
     return []
 

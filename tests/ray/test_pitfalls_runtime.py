@@ -36,20 +36,6 @@ EXAMPLES = [
 
 
 @pytest.fixture(scope="module")
-def cluster():
-    ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        object_store_memory=100 << 20,
-        _temp_dir="/tmp/r_pitfalls",
-    )
-    yield
-    ray.shutdown()
-
-
-@pytest.fixture(scope="module")
 def loop():
     with asyncio.Runner() as runner:
         yield runner

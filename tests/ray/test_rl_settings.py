@@ -3,7 +3,6 @@
 import time
 
 import pytest
-import ray
 import torch
 
 from past_ray.config.runtime import GeneratorConfig
@@ -13,24 +12,10 @@ from past_ray.rl.rollout_table import read_rollouts
 from tests.rl_runs import RL, assert_every_group_trained_once, run_grpo, runtime
 from tests.tiny_model import make_tiny_model
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("cluster")]
 
 SHORT = RL.model_copy(update={"num_steps": 3, "checkpoint_every_steps": 3})
 VLLM = GeneratorConfig(max_model_len=128, max_num_seqs=32, kv_cache_gib=0.1)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster():
-    ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        object_store_memory=100 << 20,
-        _temp_dir="/tmp/r_settings",
-    )
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture(scope="module")

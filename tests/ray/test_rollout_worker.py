@@ -38,20 +38,6 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
-    ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        object_store_memory=100 << 20,
-        _temp_dir="/tmp/r_rollout",
-    )
-    yield
-    ray.shutdown()
-
-
-@pytest.fixture(scope="module")
 def generators(cluster, folder):
     """A real vLLM engine and a transformers one behind the same actor."""
     actors = [

@@ -4,7 +4,6 @@ import asyncio
 from functools import partial
 
 import pytest
-import ray
 import torch
 
 from past_ray.config.algorithm import KLConfig
@@ -30,20 +29,6 @@ EXAMPLES = [
     for i, text in enumerate(["where does anna live ?", "what pet has ben ?"])
 ]
 PROBE = [[4, 8, 12, 5], [4, 9, 20, 11, 5]]
-
-
-@pytest.fixture(scope="module")
-def cluster():
-    ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        object_store_memory=100 << 20,
-        _temp_dir="/tmp/r_session",
-    )
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture(scope="module")
