@@ -1,10 +1,10 @@
-"""The optimizer of a learner."""
+"""The optimizer of SFT and RL."""
 
 from torch import nn
 from torch.optim import AdamW
 
 ADAM_BETAS = (0.9, 0.95)
-"""A second moment over 20 steps: RL runs are short and their gradients change quickly."""
+"""The second-moment horizon of 20 steps suits runs of tens to thousands of steps."""
 
 ADAM_EPSILON = 1e-8
 
@@ -14,7 +14,7 @@ def make_optimizer(model: nn.Module, *, learning_rate: float, weight_decay: floa
 
     Args:
         model: The model, sharded or not.
-        learning_rate: Constant learning rate.
+        learning_rate: Learning rate; a schedule may set another one before each step.
         weight_decay: Decoupled weight decay.
     """
     return AdamW(

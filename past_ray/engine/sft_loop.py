@@ -27,6 +27,7 @@ from transformers.utils import logging as transformers_logging
 
 from past_ray.config.sft import LoraConfig, SFTConfig
 from past_ray.engine.adapter import add_adapter
+from past_ray.engine.optimizer import make_optimizer
 from past_ray.engine.sharding import (
     clip_grad_norm,
     full_state_dict,
@@ -46,11 +47,6 @@ from past_ray.sft.schedule import cosine_learning_rate
 from past_ray.skill.checkpoint import hash_weights, save_checkpoint
 from past_ray.skill.manifest import stamp
 from past_ray.storage import atomic_directory
-
-ADAM_BETAS = (0.9, 0.95)
-"""The second-moment horizon of 20 steps suits runs of tens to thousands of steps."""
-
-ADAM_EPS = 1e-8
 
 MAX_EAGER_LENGTH = 512
 """Up to here bf16 on a CPU computes attention eagerly.
@@ -110,14 +106,8 @@ class SFTLearner:
         self._attention = self._fused_attention
         self._model = shard_model(model.to(self._device))
         self._model.train()
-        trainable = [p for p in self._model.parameters() if p.requires_grad]
-        self._optimizer = torch.optim.AdamW(
-            trainable,
-            lr=sft.learning_rate,
-            betas=ADAM_BETAS,
-            eps=ADAM_EPS,
-            weight_decay=sft.weight_decay,
-            fused=True,
+        self._optimizer = make_optimizer(
+            self._model, learning_rate=sft.learning_rate, weight_decay=sft.weight_decay
         )
         self.records: list[StepRecord] = []
 

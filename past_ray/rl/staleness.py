@@ -8,7 +8,7 @@ from past_ray.rl.types import RolloutGroup, RolloutStatus
 def group_version(group: RolloutGroup) -> int | None:
     """Return the oldest policy version behind a completed rollout; None if none completed.
 
-    A rollout of several turns may span versions; its first turn is its oldest.
+    A rollout of several turns may span versions; it has the oldest of them.
     """
     versions = [
         rollout.policy_version

@@ -136,7 +136,8 @@ class _Loop:
         self._rl = rl
         self._probe = probe
         self._on_step = on_step
-        self._store = CheckpointStore(run.work_dir, keep={*run.keep_steps, rl.num_steps})
+        self._kept = {*run.keep_steps, rl.num_steps}
+        self._store = CheckpointStore(run.work_dir, keep=self._kept)
         self._sampler = StepSampler(session, rl, examples=examples, seed=run.seed)
         self._spread = SpreadWatch(rl)
 
@@ -188,8 +189,8 @@ class _Loop:
         """Rollouts, then the row, then the checkpoint: a step that counts has all three."""
         await asyncio.to_thread(write_rollouts, self._run.work_dir, step + 1, groups)
         append_jsonl(self._run.work_dir / METRICS_FILE, row)
-        is_kept = step + 1 in {*self._run.keep_steps, self._rl.num_steps}
-        if (step + 1) % self._rl.checkpoint_every_steps == 0 or is_kept or notice.given.is_set():
+        is_due = (step + 1) % self._rl.checkpoint_every_steps == 0 or step + 1 in self._kept
+        if is_due or notice.given.is_set():
             await self._save(step + 1, notice)
         self._on_step(row)
 

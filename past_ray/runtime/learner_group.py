@@ -9,11 +9,10 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import Any
 
-import ray
 from ray.exceptions import RayActorError
 
 from past_ray.errors import ActorLostError, ClusterError
-from past_ray.runtime.supervisor import Handle, RestartPolicy
+from past_ray.runtime.supervisor import Handle, RestartPolicy, end_process
 
 LEARNER_CONCURRENCY = 2
 """One thread works, one answers heartbeats. The controller never has two working calls open."""
@@ -125,8 +124,7 @@ class LearnerGroup:
             self._heartbeat.cancel()
             self._heartbeat = None
         for handle in self._handles:
-            with suppress(Exception):
-                ray.kill(handle)
+            end_process(handle)
         self._handles = []
 
     async def _watch(self) -> None:

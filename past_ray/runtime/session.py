@@ -22,7 +22,6 @@ other weights. Everything it created ends with it.
 import asyncio
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from ray.util.placement_group import remove_placement_group
 from torch import Tensor
@@ -95,7 +94,7 @@ class RLSession:
                 create=lambda index=index: RolloutWorkerActor.options(
                     **placement.worker_options(index)
                 ).remote(self._model_folder, self._make_env),
-                prepare=self._prepare_worker,
+                prepare=self._set_up,
                 policy=policy,
             )
             for index in range(config.num_rollout_workers)
@@ -129,11 +128,11 @@ class RLSession:
             ) from error
 
     async def _prepare_generator(self, handle: Handle) -> None:
-        await asyncio.wait_for(_done(handle.setup.remote()), self._config.setup_timeout_s)
+        await self._set_up(handle)
         await self._sync.give_current(handle)
 
-    async def _prepare_worker(self, handle: Handle) -> None:
-        await asyncio.wait_for(_done(handle.setup.remote()), self._config.setup_timeout_s)
+    async def _set_up(self, handle: Handle) -> None:
+        await asyncio.wait_for(handle.setup.remote(), self._config.setup_timeout_s)
 
     def close(self) -> None:
         """End every actor and give its resources back."""
@@ -258,7 +257,3 @@ def restart_policy(config: RuntimeConfig) -> RestartPolicy:
         max_backoff_s=config.max_restart_backoff_s,
         max_restarts=config.max_restarts,
     )
-
-
-async def _done(ref: Any) -> None:  # noqa: ANN401 - an object ref
-    await ref

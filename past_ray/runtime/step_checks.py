@@ -7,7 +7,6 @@ from past_ray.errors import ClusterError, DataError, PastRayError
 from past_ray.rl.batching import is_constant_group
 from past_ray.rl.metrics import rollout_metrics
 from past_ray.rl.types import RolloutGroup, RolloutStatus
-from past_ray.runtime.step_sampler import failed_rollouts
 
 MAX_ANSWER_SHOWN = 120
 """Characters of the answer that a diagnosis quotes."""
@@ -19,12 +18,12 @@ def check_failures(groups: Sequence[RolloutGroup], step: int, *, max_frac: float
     Raises:
         ClusterError: With the first rollout's error.
     """
-    failed = failed_rollouts(groups)
-    num_rollouts = sum(len(group.rollouts) for group in groups)
-    if len(failed) > max_frac * num_rollouts:
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    failed = [rollout for rollout in rollouts if rollout.reward is None]
+    if len(failed) > max_frac * len(rollouts):
         raise ClusterError(
             f"at most {max_frac:.0%} of a step's rollouts may fail (rl.max_rollout_error_frac), "
-            f"{len(failed)} of {num_rollouts} did in step {step}; first: {failed[0].error}"
+            f"{len(failed)} of {len(rollouts)} did in step {step}; first: {failed[0].error}"
         )
 
 

@@ -14,7 +14,7 @@ from past_ray.config.rl import RLConfig
 from past_ray.errors import ClusterError, DataError
 from past_ray.rl.batching import is_constant_group
 from past_ray.rl.staleness import split_by_staleness
-from past_ray.rl.types import Rollout, RolloutGroup, SamplingParams
+from past_ray.rl.types import RolloutGroup, SamplingParams
 from past_ray.runtime.rollout_worker import GroupTask, RolloutPlan
 from past_ray.runtime.session import RLSession
 from past_ray.sft.schedule import example_order
@@ -161,11 +161,6 @@ class StepSampler:
 
     def _indices(self, question_ids: set[str]) -> list[int]:
         return [i for i, e in enumerate(self._examples) if e.question_id in question_ids]
-
-
-def failed_rollouts(groups: Sequence[RolloutGroup]) -> list[Rollout]:
-    """Return the rollouts without a reward."""
-    return [rollout for group in groups for rollout in group.rollouts if rollout.reward is None]
 
 
 async def _given(groups: Sequence[RolloutGroup]) -> SampledStep:

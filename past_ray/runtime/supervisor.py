@@ -73,9 +73,6 @@ class SupervisedActor:
         """
         self.name = name
         self.num_restarts = 0
-        self.stats: Any = None
-        """What the last heartbeat answered."""
-
         self._create = create
         self._prepare = prepare
         self._policy = policy
@@ -143,7 +140,7 @@ class SupervisedActor:
         if self._task is not None:
             self._task.cancel()
         self._ready.clear()
-        _kill(self._handle)
+        end_process(self._handle)
 
     async def _watch(self) -> None:
         """Ask for heartbeats; replace the process when they stop."""
@@ -159,9 +156,7 @@ class SupervisedActor:
         if self._lost.done():
             return
         try:
-            self.stats = await asyncio.wait_for(
-                self._handle.ping.remote(), policy.heartbeat_timeout_s
-            )
+            await asyncio.wait_for(self._handle.ping.remote(), policy.heartbeat_timeout_s)
         except TimeoutError:
             logger.warning("%s gave no heartbeat for %.0f s", self.name, policy.heartbeat_timeout_s)
             self.report_lost()
@@ -174,7 +169,7 @@ class SupervisedActor:
         policy = self._policy
         pause = policy.backoff_s
         for attempt in range(1, policy.max_restarts + 1):
-            _kill(self._handle)
+            end_process(self._handle)
             await asyncio.sleep(pause)
             pause = min(2 * pause, policy.max_backoff_s)
             started = time.perf_counter()
@@ -225,7 +220,8 @@ async def ready_among(
             wait.cancel()
 
 
-def _kill(handle: Handle) -> None:
+def end_process(handle: Handle) -> None:
+    """Kill an actor; one that is gone already is no error."""
     # Outside of a cluster ray.kill would start one.
     if handle is not None and ray.is_initialized():
         with suppress(Exception):
