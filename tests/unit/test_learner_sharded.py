@@ -1,22 +1,20 @@
 """Two learners as two processes with gloo take the steps of one, without Ray."""
 
 import json
-import socket
 from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 from past_ray.config.rl import RLConfig
 from past_ray.config.sft import LoraConfig
 from past_ray.engine.learner import GRPOLearner
 from past_ray.engine.learner_checkpoint import verify_checkpoint
-from past_ray.engine.sharding import init_process_group
 from past_ray.rl.batching import split_over_ranks
 from past_ray.rl.objective import count_totals
 from past_ray.rl.types import TrainSample
 from past_ray.skill.checkpoint import load_weights
+from tests.ranks import run_ranks
 from tests.tiny_learner import make_samples, on_policy
 from tests.tiny_model import make_tiny_model
 
@@ -59,16 +57,8 @@ def run(learner: GRPOLearner, rank: int, world_size: int) -> list[dict[str, floa
     ]
 
 
-def train(rank: int, world_size: int, port: int, model: Path, out: Path) -> None:
+def train(rank: int, world_size: int, model: Path, out: Path) -> None:
     """Take the steps of every recipe; save weights, metrics and what the other methods return."""
-    torch.set_num_threads(1)
-    init_process_group(
-        rank=rank,
-        world_size=world_size,
-        master_addr="127.0.0.1",
-        master_port=port,
-        backend="gloo",
-    )
     for recipe in RECIPES:
         learner = make(model, recipe)
         metrics = run(learner, rank, world_size)
@@ -81,11 +71,6 @@ def train(rank: int, world_size: int, port: int, model: Path, out: Path) -> None
             "exports": len(learner.export_weights()),
         }
         (out / f"{recipe}-{rank}.json").write_text(json.dumps(report))
-    if world_size > 1:
-        # A rank that closes its connections while another still reads aborts the other.
-        torch.distributed.barrier()
-        # A rank that exits with the group's threads still running can abort.
-        torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
@@ -95,10 +80,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = make_tiny_model(root / "model", tie_word_embeddings=True)
     for world_size in (1, 2):
         (root / str(world_size)).mkdir()
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
-        arguments = (world_size, port, model, root / str(world_size))
-        mp.spawn(train, args=arguments, nprocs=world_size)
+        run_ranks(train, world_size, model, root / str(world_size))
     return root
 
 

@@ -1,18 +1,17 @@
 """Two ranks as two processes with gloo, without Ray."""
 
 import json
-import socket
 from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 from past_ray.config.sft import LoraConfig, SFTConfig
 from past_ray.engine.sft_loop import SFTLearner
-from past_ray.engine.sharding import full_state_dict, init_process_group, optimizer_state
+from past_ray.engine.sharding import full_state_dict, optimizer_state
 from past_ray.sft.examples import SFTExample
 from past_ray.skill.checkpoint import load_weights
+from tests.ranks import run_ranks
 from tests.tiny_model import make_tiny_model
 
 BATCH = [
@@ -31,16 +30,8 @@ def learner(folder, recipe):
     return SFTLearner(Path(folder), sft, seed=3, device="cpu")
 
 
-def train_and_resume(rank, world_size, port, model_folder, out):
+def train_and_resume(rank, world_size, model_folder, out):
     """Train 4 steps, and 2 steps twice with a checkpoint between; write what rank 0 has."""
-    torch.set_num_threads(1)
-    init_process_group(
-        rank=rank,
-        world_size=world_size,
-        master_addr="127.0.0.1",
-        master_port=port,
-        backend="gloo",
-    )
     for recipe in RECIPES:
         whole, first, second = (learner(model_folder, recipe) for _ in range(3))
         share = BATCH[rank::world_size]
@@ -60,9 +51,6 @@ def train_and_resume(rank, world_size, port, model_folder, out):
         states = full_state_dict(whole._model), optimizer_state(whole._model, whole._optimizer)
         is_whole = [bool(state) for state in states]
         (out / f"{recipe}-{rank}.json").write_text(json.dumps([losses, is_whole]))
-    if world_size > 1:
-        # A rank that exits with the group's threads still running can abort.
-        torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
@@ -72,10 +60,7 @@ def runs(tmp_path_factory):
     model = make_tiny_model(root / "model", tie_word_embeddings=True)
     for world_size in (1, 2):
         (root / str(world_size)).mkdir()
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
-        arguments = (world_size, port, model, root / str(world_size))
-        mp.spawn(train_and_resume, args=arguments, nprocs=world_size)
+        run_ranks(train_and_resume, world_size, model, root / str(world_size))
     return root
 
 
