@@ -16,7 +16,7 @@ BOOTSTRAP_SEED = 0
 """Intervals must not differ between two evaluations of the same answers."""
 
 
-async def evaluate(
+async def answer_questions(
     session: RLSession,
     examples: Sequence[QAExample],
     *,

@@ -18,12 +18,17 @@ from typing import Any
 
 from past_ray.config.experiment import ArmName, ExperimentConfig
 from past_ray.pipelines import data
-from past_ray.pipelines.laboratory import Laboratory, Stage
+from past_ray.pipelines.answering import evaluate
+from past_ray.pipelines.laboratory import Laboratory
+from past_ray.pipelines.preparation import base_model, tables
 from past_ray.pipelines.progress import ProgressDisplay
 from past_ray.pipelines.provenance import open_run
 from past_ray.pipelines.report import write_report
+from past_ray.pipelines.stages import Stage
 from past_ray.pipelines.summary import geometry_stage, summarise
 from past_ray.pipelines.tracking import check_tracking
+from past_ray.pipelines.training import rl, sft
+from past_ray.pipelines.transfer import extract, inject
 from past_ray.runtime.cluster import ray_cluster
 
 logger = logging.getLogger(__name__)
@@ -68,21 +73,22 @@ def dose_model(lab: Laboratory, steps: int) -> str:
 def _knowledge(lab: Laboratory) -> Iterator[Stage]:
     """SFT of every domain, always from theta_base (paper, Appendix E)."""
     config = lab.config
-    yield lab.data()
-    yield lab.base()
+    yield tables(lab)
+    yield base_model(lab)
     for k in range(1, config.num_rounds + 1):
-        yield lab.sft(f"sft_source_{k}", init="base", domain=f"source_{k}")
-    yield lab.sft("sft_target", init="base", domain="target")
+        yield sft(lab, f"sft_source_{k}", init="base", domain=f"source_{k}")
+    yield sft(lab, "sft_target", init="base", domain="target")
     for steps in config.evaluation.dose_steps:
         if steps != config.sft.num_steps:
-            yield lab.sft(dose_model(lab, steps), init="base", domain="target", num_steps=steps)
+            yield sft(lab, dose_model(lab, steps), init="base", domain="target", num_steps=steps)
 
 
 def _skill(lab: Laboratory) -> Iterator[Stage]:
     """RL on the source and the skill vectors it leaves."""
     config = lab.config
     two_rounds = config.num_rounds == 2
-    yield lab.rl(
+    yield rl(
+        lab,
         "rl_source_1",
         init="sft_source_1",
         reference="sft_source_1",
@@ -90,24 +96,27 @@ def _skill(lab: Laboratory) -> Iterator[Stage]:
         num_steps=config.rl.num_steps,
         keep_steps=(config.steps_per_round,) if two_rounds else (),
     )
-    yield lab.extract(ONE_ROUND, rl="rl_source_1", sft="sft_source_1", refinement_round=1)
+    yield extract(lab, ONE_ROUND, rl="rl_source_1", sft="sft_source_1", refinement_round=1)
     if not two_rounds:
         return
-    yield lab.extract(
+    yield extract(
+        lab,
         FIRST_OF_TWO,
         rl=f"rl_source_1-step{config.steps_per_round}",
         sft="sft_source_1",
         refinement_round=1,
     )
-    yield lab.inject("init_source_2", target="sft_source_2", skill=FIRST_OF_TWO, scale=1.0)
-    yield lab.rl(
+    yield inject(lab, "init_source_2", target="sft_source_2", skill=FIRST_OF_TWO, scale=1.0)
+    yield rl(
+        lab,
         "rl_source_2",
         init="init_source_2",
         reference="sft_source_2" if config.rl.kl.reference == "sft" else "init_source_2",
         domain="source_2",
         num_steps=config.steps_per_round,
     )
-    yield lab.extract(
+    yield extract(
+        lab,
         TWO_ROUNDS,
         rl="rl_source_2",
         sft="sft_source_2",
@@ -119,16 +128,17 @@ def _skill(lab: Laboratory) -> Iterator[Stage]:
 def _transfer(lab: Laboratory) -> Iterator[Stage]:
     """PaST's injection, and the arms that would do something else instead."""
     config = lab.config
-    yield lab.inject("adapted", target="sft_target", skill=ONE_ROUND, scale=config.skill_scale)
+    yield inject(lab, "adapted", target="sft_target", skill=ONE_ROUND, scale=config.skill_scale)
     if "sequential" in config.arms:
-        yield lab.sft("sequential", init="rl_source_1", domain="target")
+        yield sft(lab, "sequential", init="rl_source_1", domain="target")
     if "pre_injection" in config.arms:
-        yield lab.inject(
-            "base_with_skill", target="base", skill=ONE_ROUND, scale=config.skill_scale
+        yield inject(
+            lab, "base_with_skill", target="base", skill=ONE_ROUND, scale=config.skill_scale
         )
-        yield lab.sft("pre_injection", init="base_with_skill", domain="target")
+        yield sft(lab, "pre_injection", init="base_with_skill", domain="target")
     if "target_rl" in config.arms:
-        yield lab.rl(
+        yield rl(
+            lab,
             "target_rl",
             init="sft_target",
             reference="sft_target",
@@ -143,23 +153,23 @@ def _evaluation(lab: Laboratory) -> Iterator[Stage]:
     config = lab.config
     scale = config.skill_scale
     arms: dict[ArmName, Stage] = {
-        "base": lab.evaluate("eval_base", model="base"),
-        "in_context": lab.evaluate("eval_in_context", model="base", in_context=True),
-        "target_sft": lab.evaluate("eval_target_sft", model="sft_target"),
-        "sequential": lab.evaluate("eval_sequential", model="sequential"),
-        "pre_injection": lab.evaluate("eval_pre_injection", model="pre_injection"),
-        "past": lab.evaluate("eval_past", model="adapted"),
-        "past_two_rounds": lab.evaluate(
-            "eval_past_two_rounds", model="sft_target", skill=TWO_ROUNDS, scale=scale
+        "base": evaluate(lab, "eval_base", model="base"),
+        "in_context": evaluate(lab, "eval_in_context", model="base", in_context=True),
+        "target_sft": evaluate(lab, "eval_target_sft", model="sft_target"),
+        "sequential": evaluate(lab, "eval_sequential", model="sequential"),
+        "pre_injection": evaluate(lab, "eval_pre_injection", model="pre_injection"),
+        "past": evaluate(lab, "eval_past", model="adapted"),
+        "past_two_rounds": evaluate(
+            lab, "eval_past_two_rounds", model="sft_target", skill=TWO_ROUNDS, scale=scale
         ),
-        "target_rl": lab.evaluate("eval_target_rl", model="target_rl"),
+        "target_rl": evaluate(lab, "eval_target_rl", model="target_rl"),
     }
     yield from (stage for arm, stage in arms.items() if arm in config.arms)
     for swept in config.evaluation.scales:
-        yield lab.evaluate(
-            f"eval_scale_{swept:g}", model="sft_target", skill=ONE_ROUND, scale=swept
+        yield evaluate(
+            lab, f"eval_scale_{swept:g}", model="sft_target", skill=ONE_ROUND, scale=swept
         )
     for steps in config.evaluation.dose_steps:
         model = dose_model(lab, steps)
-        yield lab.evaluate(f"eval_dose_{steps}_sft", model=model)
-        yield lab.evaluate(f"eval_dose_{steps}_past", model=model, skill=ONE_ROUND, scale=scale)
+        yield evaluate(lab, f"eval_dose_{steps}_sft", model=model)
+        yield evaluate(lab, f"eval_dose_{steps}_past", model=model, skill=ONE_ROUND, scale=scale)

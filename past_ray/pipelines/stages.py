@@ -16,6 +16,7 @@ import json
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,20 @@ from past_ray.storage import write_json
 logger = logging.getLogger(__name__)
 
 StageResult = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """One resumable piece of work."""
+
+    name: str
+    """Unique in the run; names its record and its folders."""
+
+    work: Callable[[], StageResult]
+    """Does it and returns what later stages and the report read."""
+
+    num_steps: int | None = None
+    """Steps of the progress bar."""
 
 
 class RunDirectory:

@@ -7,8 +7,8 @@ from typing import Any
 
 from past_ray.build_info import git_commit, versions
 from past_ray.config.loading import dump_config
-from past_ray.pipelines.laboratory import Laboratory, Stage
-from past_ray.pipelines.stages import StageResult
+from past_ray.pipelines.laboratory import Laboratory
+from past_ray.pipelines.stages import Stage, StageResult
 from past_ray.skill.checkpoint import load_weights
 from past_ray.skill.geometry import (
     PROJECTION_MODULES,

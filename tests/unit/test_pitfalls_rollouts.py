@@ -30,6 +30,7 @@ from past_ray.envs.chat import chat_codec
 from past_ray.envs.rollout import run_group
 from past_ray.errors import ClusterError, ConfigError
 from past_ray.pipelines.laboratory import Laboratory
+from past_ray.pipelines.preparation import check_prompts, tables
 from past_ray.pipelines.progress import ProgressDisplay
 from past_ray.rl.batching import build_train_sample
 from past_ray.rl.types import Completion, RolloutStatus, SamplingParams
@@ -153,7 +154,7 @@ def test_pitfall_09_prompts_over_the_limit_are_counted_and_refused_before_anythi
     runtime = {"generator": {"max_model_len": 14}}
     config = ExperimentConfig.model_validate({"run_dir": str(tmp_path), "runtime": runtime})
     with Laboratory(config, ProgressDisplay()) as laboratory:
-        laboratory.execute([laboratory.data()])
+        laboratory.execute([tables(laboratory)])
         examples = laboratory.domain("source_1").examples()
         codec = chat_codec(AutoTokenizer.from_pretrained(checkpoint))
         lengths = [len(codec.render(example.messages)) for example in examples]
@@ -161,7 +162,7 @@ def test_pitfall_09_prompts_over_the_limit_are_counted_and_refused_before_anythi
         too_long = sum(length > room for length in lengths)
         assert too_long > 0
         with pytest.raises(ConfigError, match=f"{too_long} prompts of source_1 are longer than"):
-            laboratory._check_prompts()
+            check_prompts(laboratory)
 
 
 # 13. Sleep and wake

@@ -1,0 +1,59 @@
+"""The stages of weight arithmetic: the skill vector and its injection."""
+
+from past_ray.pipelines.laboratory import Laboratory
+from past_ray.pipelines.stages import Stage, StageResult
+from past_ray.skill import Provenance
+from past_ray.skill import extract as extract_skill
+from past_ray.skill import inject as inject_skill
+from past_ray.skill.manifest import hash_files
+
+
+def extract(
+    lab: Laboratory,
+    name: str,
+    *,
+    rl: str,
+    sft: str,
+    refinement_round: int,
+    parent: str | None = None,
+) -> Stage:
+    """Skill vector ``v = rl - sft``."""
+
+    def work() -> StageResult:
+        config = lab.config
+        manifest = extract_skill(
+            lab.model(rl),
+            lab.model(sft),
+            lab.run.skill(name),
+            provenance=Provenance(
+                task=config.task.kind,
+                refinement_round=refinement_round,
+                source_data_hash=hash_files(
+                    list(lab.run.tables(f"source_{refinement_round}").glob("*.parquet"))
+                ),
+                rl_recipe=config.rl.model_dump(mode="json"),
+                reward=config.task.reward,
+                seed=config.seed,
+            ),
+            base=lab.model("base"),
+            parent=lab.run.skill(parent) if parent else None,
+        )
+        return manifest.model_dump(mode="json", exclude={"tensors", "base_sketch"})
+
+    return Stage(name=name, work=work)
+
+
+def inject(lab: Laboratory, name: str, *, target: str, skill: str, scale: float) -> Stage:
+    """Model ``target + scale * v``."""
+
+    def work() -> StageResult:
+        inject_skill(
+            lab.model(target),
+            lab.run.skill(skill),
+            lab.model(name),
+            scale=scale,
+            verify=True,
+        )
+        return {"scale": scale}
+
+    return Stage(name=name, work=work)
