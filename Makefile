@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install demo demo-seeds demo-squad bench-skill bench-rl chaos check test test-gpu lock clean
+.PHONY: help install demo demo-seeds demo-squad squad paper-plan bench-skill bench-rl chaos check test test-gpu lock clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
@@ -30,6 +30,12 @@ demo-seeds: install  ## The demo under seeds 0, 1, 2: runs/demo-seeds/report.jso
 
 demo-squad: install  ## SmolLM2-135M on real SQuAD text (needs PAST_RAY_DATA)
 	$(BIN)/past-ray run jobs/configs/demo-squad.yaml
+
+squad: install  ## SmolLM2-135M learns SQuAD passages one by one, all arms: runs/squad/report.json (needs PAST_RAY_DATA)
+	$(BIN)/past-ray run jobs/configs/cpu/squad-n1.yaml
+
+paper-plan: install  ## Stages, GPUs, memory, tokens and hours of the published recipes
+	$(BIN)/python -m past_ray.pipelines.paper_plan jobs/configs/paper/plans
 
 # mergekit gets an environment of its own, so that it cannot change ours.
 BENCH_PIP := .venv-bench/bin/python -m pip install --quiet --disable-pip-version-check --no-deps

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from past_ray.cli.judge import judge_app
+from past_ray.cli.models import models_app
 from past_ray.cli.replay import replay
 from past_ray.cli.rollouts import rollouts
 from past_ray.cli.skill import skill_app
@@ -18,6 +20,8 @@ app = typer.Typer(
 )
 
 app.add_typer(skill_app, name="skill")
+app.add_typer(models_app, name="models")
+app.add_typer(judge_app, name="judge")
 
 ConfigArgument = Annotated[
     Path, typer.Argument(help="YAML file, e.g. jobs/configs/demo.yaml.", show_default=False)

@@ -23,7 +23,7 @@ def user_errors(on_interrupt: str = "interrupted; the same command continues") -
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr
     )
-    for noisy in ("httpx", "ray", "vllm", "matplotlib"):
+    for noisy in ("httpx", "httpx2", "ray", "vllm", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         yield

@@ -6,17 +6,26 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from past_ray.config.base import StrictConfig
-from past_ray.config.model import CheckpointModelConfig, ModelConfig, ScratchModelConfig
+from past_ray.config.judge import JudgeConfig, RuleJudgeConfig
+from past_ray.config.model import (
+    CheckpointModelConfig,
+    HubModelConfig,
+    ModelConfig,
+    ScratchModelConfig,
+)
 from past_ray.config.rl import RLConfig
 from past_ray.config.runtime import RuntimeConfig
 from past_ray.config.serving import ServingConfig
 from past_ray.config.sft import SFTConfig
+from past_ray.config.single_passage import SinglePassageConfig
 from past_ray.config.task import TaskConfig, WorldTaskConfig
+from past_ray.config.texts import PassageTextsConfig
 from past_ray.config.tracking import TrackingConfig
 
 ArmName = Literal[
     "base",
     "in_context",
+    "passage_only",
     "target_sft",
     "sequential",
     "pre_injection",
@@ -32,9 +41,6 @@ class EvaluationConfig(StrictConfig):
 
     max_new_tokens: int = Field(default=8, ge=1)
     """Token cap of an answer. A longer cap favours longer answers, so all arms share it."""
-
-    correct_at: float = Field(default=1.0, gt=0, le=1)
-    """An answer counts as correct when its grade reaches this (0.67 for gold-token recall)."""
 
     scales: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
     """Scales of the injection sweep; empty for none."""
@@ -67,8 +73,18 @@ class ExperimentConfig(StrictConfig):
     model: ModelConfig = ScratchModelConfig()
     """theta_base."""
 
+    texts: PassageTextsConfig | None = None
+    """What theta_base writes about every passage before SFT; None: texts given with the task."""
+
+    judge: JudgeConfig | None = None
+    """Rewards rollouts and grades every arm. None: exact match in the miniature world, and
+    elsewhere gold-token recall from 0.67 on over the first 48 words."""
+
     sft: SFTConfig = SFTConfig()
     """Source and target SFT: one recipe for both, so that what they share cancels."""
+
+    single_passage: SinglePassageConfig | None = None
+    """Learn each target passage in a LoRA adapter of its own (n=1) instead of one SFT of all."""
 
     rl: RLConfig = RLConfig()
     """GRPO on the source questions."""
@@ -76,8 +92,9 @@ class ExperimentConfig(StrictConfig):
     arms: tuple[ArmName, ...] = ("base", "target_sft", "past")
     """Arms to train and evaluate."""
 
-    skill_scale: float = 1.0
-    """lambda in ``theta_final = theta_target + lambda * v``; the paper uses 1 throughout."""
+    skill_scale: float | None = 1.0
+    """lambda in ``theta_final = theta_target + lambda * v``; the paper uses 1 throughout. null
+    chooses among ``evaluation.scales`` on ``task.validation``, so without labels of the target."""
 
     evaluation: EvaluationConfig = EvaluationConfig()
     """How arms are compared."""
@@ -90,6 +107,15 @@ class ExperimentConfig(StrictConfig):
 
     tracking: TrackingConfig = TrackingConfig()
     """Services that get the metrics."""
+
+    @property
+    def judged_by(self) -> JudgeConfig:
+        """The judge, whether configured or not."""
+        if self.judge is not None:
+            return self.judge
+        if self.task.kind == "world":
+            return RuleJudgeConfig(rule="exact_match", correct_at=1.0, max_words=None)
+        return RuleJudgeConfig()
 
     @property
     def num_rounds(self) -> int:
@@ -112,13 +138,16 @@ class ExperimentConfig(StrictConfig):
         if isinstance(self.model, ScratchModelConfig) and self.task.kind != "world":
             raise ValueError(
                 "model.kind scratch knows only the miniature world, got task.kind "
-                f"{self.task.kind}. Use model.kind checkpoint or wheel."
+                f"{self.task.kind}. Use model.kind checkpoint, hub or wheel."
             )
-        if isinstance(self.model, CheckpointModelConfig) and self.task.kind == "world":
+        is_others = isinstance(self.model, CheckpointModelConfig | HubModelConfig)
+        if is_others and self.task.kind == "world":
             raise ValueError(
                 "task.kind world needs model.kind scratch: other models do not know its words."
             )
         self._check_arms()
+        if self.skill_scale is None:
+            self._check_scale_choice()
         if self.rl.max_new_tokens >= self.runtime.generator.max_model_len:
             raise ValueError(
                 "rl.max_new_tokens must be below runtime.generator.max_model_len, got "
@@ -126,8 +155,27 @@ class ExperimentConfig(StrictConfig):
             )
         return self
 
+    def _check_scale_choice(self) -> None:
+        if getattr(self.task, "validation", None) is None:
+            raise ValueError(
+                "skill_scale null needs task.validation, a further source domain to choose it on. "
+                "Add one, or give a number; the paper uses 1."
+            )
+        if not self.evaluation.scales:
+            raise ValueError("skill_scale null needs evaluation.scales to choose from, got none.")
+
     def _check_arms(self) -> None:
         is_world = self.task.kind == "world"
+        if is_world and (self.texts or self.single_passage or "passage_only" in self.arms):
+            raise ValueError(
+                "texts, single_passage and arm passage_only need another task.kind than world: "
+                "the miniature world's documents are all there is to write. Drop them."
+            )
+        if self.single_passage and self.evaluation.dose_steps:
+            raise ValueError(
+                "evaluation.dose_steps must be empty with single_passage, got "
+                f"{list(self.evaluation.dose_steps)}: there is no target SFT to vary. Drop them."
+            )
         if "target_rl" in self.arms and not is_world:
             raise ValueError(
                 "arm target_rl needs target questions that nobody is evaluated on, which only "

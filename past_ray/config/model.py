@@ -97,9 +97,23 @@ class WheelModelConfig(StrictConfig):
     """The GGUF file inside it."""
 
     rope_theta: float = Field(default=100000.0, gt=0)
-    """Rotary base, which the GGUF reader does not restore."""
+    """Rotary base, written into the config whatever the GGUF reader makes of it."""
+
+
+class HubModelConfig(StrictConfig):
+    """A model of the Hugging Face hub, downloaded once."""
+
+    kind: Literal["hub"] = "hub"
+    """Selects this source."""
+
+    name: str = Field(pattern=r"^[\w.-]+/[\w.-]+$")
+    """``organisation/model``, such as Qwen/Qwen2.5-0.5B-Instruct."""
+
+    revision: str = "main"
+    """Branch, tag or commit; what it means is settled when the model is first prepared."""
 
 
 ModelConfig = Annotated[
-    ScratchModelConfig | CheckpointModelConfig | WheelModelConfig, Field(discriminator="kind")
+    ScratchModelConfig | CheckpointModelConfig | WheelModelConfig | HubModelConfig,
+    Field(discriminator="kind"),
 ]

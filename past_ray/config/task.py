@@ -1,13 +1,23 @@
-"""What is learned: the miniature world, SQuAD passages or the user's own Parquet tables."""
+"""What is learned: the miniature world, SQuAD, LooGLE or the user's own Parquet tables."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from past_ray.config.base import StrictConfig
 
-RewardName = Literal["exact_match", "gold_token_recall"]
+SplitPreset = Literal[
+    "seal_round_1",
+    "seal_round_2",
+    "seal_target_200",
+    "loogle_source_1",
+    "loogle_source_2",
+    "loogle_validation",
+    "loogle_test",
+    "loogle_ablation",
+]
+"""Names of splits; ``tasks/splits.py`` says which records they are."""
 
 
 class WorldTaskConfig(StrictConfig):
@@ -28,33 +38,108 @@ class WorldTaskConfig(StrictConfig):
     num_comparisons: int = Field(default=2, ge=0)
     """Questions per person that compare a fact of two people."""
 
-    reward: RewardName = "exact_match"
-    """Reward of a rollout, and the accuracy of the evaluation."""
+
+class SplitConfig(StrictConfig):
+    """Which passages of which file; the bare name of a preset stands for ``{preset: name}``."""
+
+    preset: SplitPreset | None = None
+    """A split that the papers use, see ``tasks/splits.py``; null takes a range of ``path``."""
+
+    path: str | None = None
+    """The file, below ``PAST_RAY_DATA`` where relative, or ``hf:<data set>:<split>``.
+
+    With a preset: where its file is, if not at the usual place.
+    """
+
+    start: int = Field(default=0, ge=0)
+    """First passage, counted from 0 at the beginning of the preset, or else of the file."""
+
+    count: int | None = Field(default=None, ge=1)
+    """Number of passages; null takes the rest of the preset or of the file."""
+
+    keep_repeated: bool = False
+    """Whether a passage may ask the same question twice; it is refused otherwise."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_name(cls, value: object) -> object:
+        return {"preset": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _check(self) -> "SplitConfig":
+        if self.preset is None and self.path is None:
+            raise ValueError("a split must have a preset or a path, got neither. Add one.")
+        return self
 
 
-class SquadTaskConfig(StrictConfig):
-    """SEAL-style SQuAD files: passages, questions and self-written implications."""
+class _PassagesTaskConfig(StrictConfig):
+    """What the tasks made of passages have in common."""
+
+    preset_prefix: ClassVar[str]
+
+    sources: tuple[SplitConfig, ...] = Field(min_length=1)
+    """One split per refinement round."""
+
+    target: SplitConfig
+    """Shares no title with any other split; its questions only evaluate."""
+
+    validation: SplitConfig | None = None
+    """A further source domain to choose the scale on."""
+
+    held_out: SplitConfig | None = None
+    """Text that shares no title with sources and target, to measure forgetting on."""
+
+    @model_validator(mode="after")
+    def _check_presets(self) -> Self:
+        for split in (*self.sources, self.target, self.validation, self.held_out):
+            if split and split.preset and not split.preset.startswith(self.preset_prefix):
+                raise ValueError(
+                    f"presets of this task must start with {self.preset_prefix}, got"
+                    f" {split.preset}. Choose another, or another kind."
+                )
+        return self
+
+
+class SquadTaskConfig(_PassagesTaskConfig):
+    """SQuAD passages: official files, the hub, or SEAL's files with self-written implications."""
+
+    preset_prefix: ClassVar[str] = "seal_"
 
     kind: Literal["squad"] = "squad"
     """Selects this task."""
 
-    source_paths: tuple[Path, ...] = (Path("squad/source_round1.json"),)
-    """One file per refinement round; relative paths are taken from ``PAST_RAY_DATA``."""
+    sources: tuple[SplitConfig, ...] = Field(
+        default=(SplitConfig(preset="seal_round_1"), SplitConfig(preset="seal_round_2")),
+        min_length=1,
+    )
+    """One split per refinement round."""
 
-    target_path: Path = Path("squad/target_200.json")
-    """The target file; relative paths are taken from ``PAST_RAY_DATA``."""
-
-    num_source_passages: int = Field(default=50, ge=1)
-    """The first passages of each source file."""
-
-    num_target_passages: int = Field(default=200, ge=1)
-    """The first passages of the target file."""
+    target: SplitConfig = SplitConfig(preset="seal_target_200")
+    """Shares no title with any other split; its questions only evaluate."""
 
     num_completions: int = Field(default=5, ge=0)
-    """Implication texts used for each passage, besides the passage itself."""
+    """Given implication texts used for each passage, besides the passage itself.
 
-    reward: RewardName = "gold_token_recall"
-    """Reward of a rollout, and the accuracy of the evaluation."""
+    The held-out text takes none. Only SEAL's files have them; others need 0.
+    """
+
+
+class LoogleTaskConfig(_PassagesTaskConfig):
+    """LooGLE's long documents with short-dependency questions."""
+
+    preset_prefix: ClassVar[str] = "loogle_"
+
+    kind: Literal["loogle"] = "loogle"
+    """Selects this task."""
+
+    sources: tuple[SplitConfig, ...] = Field(
+        default=(SplitConfig(preset="loogle_source_1"), SplitConfig(preset="loogle_source_2")),
+        min_length=1,
+    )
+    """One split per refinement round."""
+
+    target: SplitConfig = SplitConfig(preset="loogle_test")
+    """Shares no title with any other split; its questions only evaluate."""
 
 
 class TablesTaskConfig(StrictConfig):
@@ -69,10 +154,8 @@ class TablesTaskConfig(StrictConfig):
     target_dir: Path
     """Folder with documents.parquet and questions.parquet (the questions only evaluate)."""
 
-    reward: RewardName = "gold_token_recall"
-    """Reward of a rollout, and the accuracy of the evaluation."""
-
 
 TaskConfig = Annotated[
-    WorldTaskConfig | SquadTaskConfig | TablesTaskConfig, Field(discriminator="kind")
+    WorldTaskConfig | SquadTaskConfig | LoogleTaskConfig | TablesTaskConfig,
+    Field(discriminator="kind"),
 ]

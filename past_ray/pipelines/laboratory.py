@@ -9,27 +9,33 @@ import asyncio
 import logging
 from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from past_ray.config.experiment import ExperimentConfig
+from past_ray.config.judge import RuleJudgeConfig
+from past_ray.engine.judge import RuleJudge
 from past_ray.envs.chat import chat_codec
-from past_ray.envs.closed_book_qa import ClosedBookQA
+from past_ray.envs.closed_book_qa import JudgedQA
 from past_ray.pipelines.base_model import cached_base
-from past_ray.pipelines.data import QUESTIONS, Domain, load_domain
+from past_ray.pipelines.data import GIVEN, QUESTIONS, Domain, load_domain
 from past_ray.pipelines.progress import ProgressDisplay
-from past_ray.pipelines.stages import RunDirectory, Stage
+from past_ray.pipelines.stages import SCALE_CHOICE, RunDirectory, Stage, StageResult
 from past_ray.pipelines.tracking import open_trackers
+from past_ray.runtime.adapter_answers import AdapterAnswers
 from past_ray.runtime.cluster import cluster_supply
+from past_ray.runtime.judge_actor import start_judge
 from past_ray.runtime.placement import fits_together
 from past_ray.runtime.session import RLSession
 from past_ray.tasks.examples import QAExample
-from past_ray.tasks.grading import GRADERS
+from past_ray.tasks.judging import Judge
 
 ResultT = TypeVar("ResultT")
+
+MAX_LORAS = 8
+"""Adapters that one engine decodes together."""
 
 logger = logging.getLogger(__name__)
 
@@ -43,14 +49,17 @@ class Laboratory(AbstractContextManager["Laboratory"]):
         self._progress = progress
         self._runner = asyncio.Runner()
         self._session: RLSession | None = None
+        self._answers: AdapterAnswers | None = None
+        self._judge: Judge | None = None
         self._num_versions = 0
         self._trackers = open_trackers(config.tracking, config.run_dir, name=config.name)
         self._stage = ""
 
     def __exit__(self, *_: object) -> None:
-        """End the RL actors."""
+        """End all actors."""
         self._trackers.close()
         self.close_session()
+        self.close_answers()
         self._runner.close()
 
     def execute(self, stages: Iterable[Stage]) -> None:
@@ -60,13 +69,19 @@ class Laboratory(AbstractContextManager["Laboratory"]):
             with self._progress.stage(stage.name, stage.num_steps):
                 self.run.run(stage.name, stage.work)
 
+    def result(self, stage: str) -> StageResult:
+        """What a stage that has run returned."""
+        record = self.run.finished(stage)
+        assert record is not None, f"stage {stage} has not run"
+        return record
+
     def run_async(self, work: Coroutine[Any, Any, ResultT]) -> ResultT:
         """Run a coroutine in the event loop that the actors belong to."""
         return self._runner.run(work)
 
-    def domain(self, name: str, *, questions: str = QUESTIONS) -> Domain:
-        """Tables of the domain ``name``."""
-        return load_domain(self.config.task, self.run, name, questions=questions)
+    def domain(self, name: str, *, questions: str = QUESTIONS, texts: str | None = GIVEN) -> Domain:
+        """Tables of the domain ``name``, with the texts that ``texts`` wrote."""
+        return load_domain(self.config.task, self.run, name, questions=questions, texts=texts)
 
     def model(self, name: str) -> Path:
         """Folder of the model ``name``; ``base`` may be cached, ``adapted`` is the product."""
@@ -74,18 +89,60 @@ class Laboratory(AbstractContextManager["Laboratory"]):
             return cached_base(self.config.model)
         return self.run.root / name if name == "adapted" else self.run.model(name)
 
+    def skill_scale(self) -> float:
+        """Lambda of the run, as configured or as chosen on the validation domain."""
+        if self.config.skill_scale is not None:
+            return self.config.skill_scale
+        return float(self.result(SCALE_CHOICE)["scale"])
+
+    def judge(self) -> Judge:
+        """The judge of the run; a model or an endpoint gets an actor with the first call."""
+        if self._judge is None:
+            config = self.config.judged_by
+            self._judge = (
+                RuleJudge(config)
+                if isinstance(config, RuleJudgeConfig)
+                else start_judge(
+                    config,
+                    timeout_s=self.config.rl.reward_timeout_s,
+                    num_cpus=self.config.runtime.cpus_per_generator,
+                )
+            )
+        return self._judge
+
     def session(self) -> RLSession:
-        """The open RL session; the first call opens it."""
+        """The open RL session; the first call opens it, and ends the adapters' engines."""
         if self._session is None:
+            self.close_answers()
             session = RLSession(
                 self.config.runtime,
                 self.config.rl,
                 model_folder=self.model("base"),
-                make_env=partial(ClosedBookQA, grade=GRADERS[self.config.task.reward]),
+                make_env=JudgedQA(self.judge()),
             )
             self._session = session
             self._runner.run(session.open())
         return self._session
+
+    def answers(self) -> AdapterAnswers:
+        """Open engines that answer with adapters; the first call ends the RL session."""
+        config = self.config.single_passage
+        assert config is not None, "adapters are for runs with single_passage"
+        if self._answers is None:
+            self.close_session()
+            self._answers = AdapterAnswers(
+                self.config.runtime,
+                self.model("base"),
+                max_rank=config.lora.rank,
+                max_loras=MAX_LORAS,
+            )
+        return self._answers
+
+    def close_answers(self) -> None:
+        """End the adapters' engines, if any."""
+        if self._answers is not None:
+            self._answers.close()
+            self._answers = None
 
     def close_session(self) -> None:
         """End the RL actors, if any."""
@@ -100,6 +157,7 @@ class Laboratory(AbstractContextManager["Laboratory"]):
 
     def make_room_for_sft(self) -> None:
         """End the RL actors where the cluster does not hold them beside SFT workers."""
+        self.close_answers()
         if self._session and not fits_together(self.config.runtime, cluster_supply()):
             logger.info("ending the RL actors: the cluster does not hold them and an SFT stage")
             self.close_session()

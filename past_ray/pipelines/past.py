@@ -18,12 +18,18 @@ from typing import Any
 
 from past_ray.config.experiment import ArmName, ExperimentConfig
 from past_ray.pipelines import data
-from past_ray.pipelines.answering import evaluate
+from past_ray.pipelines.answering import Knowledge, evaluate
 from past_ray.pipelines.laboratory import Laboratory
+from past_ray.pipelines.passages import adapters, write_texts
 from past_ray.pipelines.preparation import base_model, tables
 from past_ray.pipelines.progress import ProgressDisplay
 from past_ray.pipelines.provenance import open_run
 from past_ray.pipelines.report import write_report
+from past_ray.pipelines.selection import (
+    choose_skill_scale,
+    measure_forgetting,
+    validation_stage,
+)
 from past_ray.pipelines.stages import Stage
 from past_ray.pipelines.summary import geometry_stage, summarise
 from past_ray.pipelines.tracking import check_tracking
@@ -35,6 +41,12 @@ logger = logging.getLogger(__name__)
 
 ONE_ROUND, TWO_ROUNDS, FIRST_OF_TWO = "one_round", "two_rounds", "first_of_two"
 """Skill vectors of a run."""
+
+FORGETTING_MODELS = {"before": "base", "after": "adapted"}
+"""Models that are measured on text outside all domains, before and after injection."""
+
+OWN = "own"
+"""Texts that theta_base wrote."""
 
 
 def run_past(config: ExperimentConfig) -> dict[str, Any]:
@@ -61,7 +73,8 @@ def run_past(config: ExperimentConfig) -> dict[str, Any]:
 
 def all_stages(lab: Laboratory) -> Iterator[Stage]:
     """All stages of the configured arms in the order they run."""
-    yield from itertools.chain(_knowledge(lab), _skill(lab), _transfer(lab), _evaluation(lab))
+    parts = (_knowledge, _skill, _scale, _transfer, _evaluation)
+    yield from itertools.chain.from_iterable(part(lab) for part in parts)
     yield geometry_stage(lab)
 
 
@@ -75,12 +88,48 @@ def _knowledge(lab: Laboratory) -> Iterator[Stage]:
     config = lab.config
     yield tables(lab)
     yield base_model(lab)
+    if config.texts is not None:
+        *sources, target = data.domain_names(config.num_rounds)
+        if config.skill_scale is None:
+            sources.append(data.VALIDATION)
+        for name, domains in {"texts_source": sources, "texts_target": [target]}.items():
+            yield write_texts(lab, name, config.texts, writer=OWN, model="base", domains=domains)
+    texts = _texts(lab)
     for k in range(1, config.num_rounds + 1):
-        yield sft(lab, f"sft_source_{k}", init="base", domain=f"source_{k}")
-    yield sft(lab, "sft_target", init="base", domain="target")
+        yield sft(lab, f"sft_source_{k}", init="base", domain=f"source_{k}", texts=texts)
+    yield _learn(lab, "sft_target", init="base", texts=texts)
+    if "passage_only" in config.arms:
+        yield _learn(lab, "passage_only", init="base", texts=None)
     for steps in config.evaluation.dose_steps:
         if steps != config.sft.num_steps:
-            yield sft(lab, dose_model(lab, steps), init="base", domain="target", num_steps=steps)
+            yield sft(
+                lab,
+                dose_model(lab, steps),
+                init="base",
+                domain="target",
+                texts=texts,
+                num_steps=steps,
+            )
+
+
+def _learn(
+    lab: Laboratory, name: str, *, init: str, texts: str | None, domain: str = data.TARGET
+) -> Stage:
+    """New documents into weights: one model, or an adapter per passage (n=1)."""
+    learn = sft if lab.config.single_passage is None else adapters
+    return learn(lab, name, init=init, domain=domain, texts=texts)
+
+
+def _known(lab: Laboratory, name: str, *, init: str = "base") -> Knowledge:
+    """What ``_learn`` made: a model by itself, adapters on the model they started from."""
+    if lab.config.single_passage is None:
+        return Knowledge(model=name)
+    return Knowledge(model=init, adapters=name)
+
+
+def _texts(lab: Laboratory) -> str:
+    """Who wrote the texts that are trained besides the passages."""
+    return data.GIVEN if lab.config.texts is None else OWN
 
 
 def _skill(lab: Laboratory) -> Iterator[Stage]:
@@ -125,17 +174,35 @@ def _skill(lab: Laboratory) -> Iterator[Stage]:
     )
 
 
+def _scale(lab: Laboratory) -> Iterator[Stage]:
+    """The scale of v, chosen where there are labels: on a further source domain."""
+    if lab.config.skill_scale is not None:
+        return
+    yield _learn(lab, "sft_validation", init="base", texts=_texts(lab), domain=data.VALIDATION)
+    for scale in lab.config.evaluation.scales:
+        yield evaluate(
+            lab,
+            validation_stage(scale),
+            _known(lab, "sft_validation"),
+            skill=ONE_ROUND,
+            scale=scale,
+            domain=data.VALIDATION,
+        )
+    yield choose_skill_scale(lab)
+
+
 def _transfer(lab: Laboratory) -> Iterator[Stage]:
     """PaST's injection, and the arms that would do something else instead."""
-    config = lab.config
-    yield inject(lab, "adapted", target="sft_target", skill=ONE_ROUND, scale=config.skill_scale)
+    config, texts = lab.config, _texts(lab)
+    is_single = config.single_passage is not None
+    # Adapters go on theta_base + v: the sum is linear, so they need not know of it.
+    target = "base" if is_single else "sft_target"
+    yield inject(lab, "adapted", target=target, skill=ONE_ROUND)
     if "sequential" in config.arms:
-        yield sft(lab, "sequential", init="rl_source_1", domain="target")
+        yield _learn(lab, "sequential", init="rl_source_1", texts=texts)
     if "pre_injection" in config.arms:
-        yield inject(
-            lab, "base_with_skill", target="base", skill=ONE_ROUND, scale=config.skill_scale
-        )
-        yield sft(lab, "pre_injection", init="base_with_skill", domain="target")
+        yield inject(lab, "base_with_skill", target="base", skill=ONE_ROUND)
+        yield _learn(lab, "pre_injection", init="base_with_skill", texts=texts)
     if "target_rl" in config.arms:
         yield rl(
             lab,
@@ -151,25 +218,37 @@ def _transfer(lab: Laboratory) -> Iterator[Stage]:
 def _evaluation(lab: Laboratory) -> Iterator[Stage]:
     """Every arm, the scale sweep and the dose curve on the same held-out questions."""
     config = lab.config
-    scale = config.skill_scale
+    base, target = Knowledge(model="base"), _known(lab, "sft_target")
+    past = Knowledge(model="adapted", adapters=target.adapters)
     arms: dict[ArmName, Stage] = {
-        "base": evaluate(lab, "eval_base", model="base"),
-        "in_context": evaluate(lab, "eval_in_context", model="base", in_context=True),
-        "target_sft": evaluate(lab, "eval_target_sft", model="sft_target"),
-        "sequential": evaluate(lab, "eval_sequential", model="sequential"),
-        "pre_injection": evaluate(lab, "eval_pre_injection", model="pre_injection"),
-        "past": evaluate(lab, "eval_past", model="adapted"),
-        "past_two_rounds": evaluate(
-            lab, "eval_past_two_rounds", model="sft_target", skill=TWO_ROUNDS, scale=scale
+        "base": evaluate(lab, "eval_base", base),
+        "in_context": evaluate(lab, "eval_in_context", base, in_context=True),
+        "target_rl": evaluate(lab, "eval_target_rl", Knowledge(model="target_rl")),
+        "passage_only": evaluate(lab, "eval_passage_only", _known(lab, "passage_only")),
+        "target_sft": evaluate(lab, "eval_target_sft", target),
+        "sequential": evaluate(
+            lab, "eval_sequential", _known(lab, "sequential", init="rl_source_1")
         ),
-        "target_rl": evaluate(lab, "eval_target_rl", model="target_rl"),
+        "pre_injection": evaluate(
+            lab, "eval_pre_injection", _known(lab, "pre_injection", init="base_with_skill")
+        ),
+        "past": evaluate(lab, "eval_past", past),
+        "past_two_rounds": evaluate(lab, "eval_past_two_rounds", target, skill=TWO_ROUNDS),
     }
     yield from (stage for arm, stage in arms.items() if arm in config.arms)
     for swept in config.evaluation.scales:
-        yield evaluate(
-            lab, f"eval_scale_{swept:g}", model="sft_target", skill=ONE_ROUND, scale=swept
-        )
+        yield evaluate(lab, f"eval_scale_{swept:g}", target, skill=ONE_ROUND, scale=swept)
     for steps in config.evaluation.dose_steps:
-        model = dose_model(lab, steps)
-        yield evaluate(lab, f"eval_dose_{steps}_sft", model=model)
-        yield evaluate(lab, f"eval_dose_{steps}_past", model=model, skill=ONE_ROUND, scale=scale)
+        dosed = Knowledge(model=dose_model(lab, steps))
+        yield evaluate(lab, f"eval_dose_{steps}_sft", dosed)
+        yield evaluate(lab, f"eval_dose_{steps}_past", dosed, skill=ONE_ROUND)
+    if data.HELD_OUT in data.further_domain_names(config.task):
+        for label, model in FORGETTING_MODELS.items():
+            yield evaluate(
+                lab,
+                f"eval_held_out_{label}",
+                Knowledge(model=model),
+                in_context=True,
+                domain=data.HELD_OUT,
+            )
+        yield measure_forgetting(lab, models=FORGETTING_MODELS)

@@ -31,6 +31,7 @@ Draw = Callable[[Figure], None]
 ARM_LABELS = {
     "base": "Base model",
     "in_context": "Base, passage in prompt",
+    "passage_only": "Passages alone",
     "target_sft": "Target SFT",
     "sequential": "Sequential",
     "pre_injection": "Pre-injection",

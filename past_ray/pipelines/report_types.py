@@ -80,6 +80,26 @@ class ExampleAnswers(TypedDict):
     answers: dict[str, str]
 
 
+class PaperRow(TypedDict):
+    """One line beside the paper, as text."""
+
+    method: str
+    ours: str
+    gain: str
+    mean_words: str
+    published: str
+    note: str
+
+
+class PaperSection(TypedDict):
+    """The run in the layout of the paper's table."""
+
+    title: str
+    rows: list[PaperRow]
+    footnotes: list[str]
+    differences: list[str]
+
+
 class SeedResult(TypedDict):
     """What the report of several seeds keeps of each."""
 
@@ -105,6 +125,7 @@ class Report(TypedDict):
     training: NotRequired[Training]
     stage_seconds: NotRequired[dict[str, float]]
     answers: NotRequired[list[ExampleAnswers]]
+    paper: NotRequired[PaperSection]
     config: NotRequired[str]
     """The resolved configuration as YAML."""
     per_seed: NotRequired[dict[str, SeedResult]]

@@ -26,6 +26,9 @@ logger = logging.getLogger(__name__)
 
 StageResult = dict[str, Any]
 
+SCALE_CHOICE = "scale_choice"
+"""Name of the stage that chooses the scale of the skill vector."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:
@@ -54,6 +57,10 @@ class RunDirectory:
     def skill(self, name: str) -> Path:
         """Folder of the skill vector ``name``."""
         return self.root / "skills" / name
+
+    def adapters(self, name: str) -> Path:
+        """Folder with one PEFT folder per passage."""
+        return self.root / "adapters" / name
 
     def work(self, stage: str) -> Path:
         """Folder in which ``stage`` keeps what it needs to continue."""

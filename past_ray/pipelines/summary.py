@@ -7,8 +7,9 @@ from typing import Any
 
 from past_ray.build_info import git_commit, versions
 from past_ray.config.loading import dump_config
+from past_ray.pipelines.comparison import compare_with_paper
 from past_ray.pipelines.laboratory import Laboratory
-from past_ray.pipelines.stages import Stage, StageResult
+from past_ray.pipelines.stages import SCALE_CHOICE, Stage, StageResult
 from past_ray.skill.checkpoint import load_weights
 from past_ray.skill.geometry import (
     PROJECTION_MODULES,
@@ -21,6 +22,7 @@ from past_ray.skill.geometry import (
 ADAPTATION_STAGES: dict[str, tuple[str, ...]] = {
     "base": (),
     "in_context": (),
+    "passage_only": ("passage_only",),
     "target_sft": ("sft_target",),
     "sequential": ("sft_source_1", "rl_source_1", "sequential"),
     "pre_injection": (
@@ -54,8 +56,15 @@ SOURCE_STAGES = {
     "first_of_two",
     "init_source_2",
     "base_with_skill",
+    "texts_source",
 }
 """Paid once for all targets; the others are paid for every new target."""
+
+TEXT_ARMS = ADAPTATION_STAGES.keys() - {"base", "in_context", "passage_only"}
+"""Arms that train on texts which theta_base wrote, where it writes any; all but target SFT and RL
+on the target use the source's too."""
+
+TEXT_STAGES = ("texts_source", "texts_target")
 
 UPDATES = {
     "sft_source": ("sft_source_1", "base"),
@@ -64,6 +73,9 @@ UPDATES = {
     "rl_target": ("target_rl", "sft_target"),
 }
 """Updates whose directions are compared: (after, before)."""
+
+PER_QUESTION = {"answers", "correct"}
+"""What a record has for every question; the report shows a few."""
 
 COSINE_PAIRS = {
     "sft_source__rl_source": ("sft_source", "rl_source"),
@@ -99,8 +111,9 @@ def geometry_stage(lab: Laboratory) -> Stage:
 def summarise(lab: Laboratory) -> dict[str, Any]:
     """Build the report from the records of all stages."""
     config, seconds = lab.config, lab.run.stage_seconds()
-    geometry = _record(lab, "geometry")
-    evaluations = {arm: _record(lab, f"eval_{arm}") for arm in config.arms}
+    geometry = lab.result("geometry")
+    evaluations = {arm: lab.result(f"eval_{arm}") for arm in config.arms}
+    paper = compare_with_paper(lab, evaluations)
     return {
         "name": config.name,
         "seed": config.seed,
@@ -110,14 +123,14 @@ def summarise(lab: Laboratory) -> dict[str, Any]:
         "num_heldout_questions": len(lab.domain("target").questions),
         "arms": {arm: _arm(arm, result, seconds) for arm, result in evaluations.items()},
         "scale_sweep": [
-            {"scale": scale, **_figures(_record(lab, f"eval_scale_{scale:g}"))}
+            {"scale": scale, **_figures(lab.result(f"eval_scale_{scale:g}"))}
             for scale in config.evaluation.scales
         ],
         "dose_curve": [
             {
                 "sft_steps": steps,
-                "target_sft": _record(lab, f"eval_dose_{steps}_sft")["accuracy"],
-                "past": _record(lab, f"eval_dose_{steps}_past")["accuracy"],
+                "target_sft": lab.result(f"eval_dose_{steps}_sft")["accuracy"],
+                "past": lab.result(f"eval_dose_{steps}_past")["accuracy"],
             }
             for steps in config.evaluation.dose_steps
         ],
@@ -130,8 +143,20 @@ def summarise(lab: Laboratory) -> dict[str, Any]:
         },
         "stage_seconds": seconds,
         "answers": _answers(lab, evaluations),
+        **_optional(lab),
+        **({"paper": paper, "differences_from_paper": paper["differences"]} if paper else {}),
         "config": dump_config(config),
     }
+
+
+def _optional(lab: Laboratory) -> dict[str, Any]:
+    """Figures that only some runs have."""
+    names = [SCALE_CHOICE, "forgetting", *TEXT_STAGES]
+    found = {name: lab.run.finished(name) for name in names}
+    figures = {name: result for name, result in found.items() if result is not None}
+    for label, result in figures.get("forgetting", {}).items():
+        result["in_context"] = _figures(lab.result(f"eval_held_out_{label}"))
+    return figures
 
 
 def _pair(table: Sequence[ModuleCosine]) -> dict[str, Any]:
@@ -144,19 +169,16 @@ def _pair(table: Sequence[ModuleCosine]) -> dict[str, Any]:
     }
 
 
-def _record(lab: Laboratory, stage: str) -> StageResult:
-    record = lab.run.finished(stage)
-    assert record is not None, f"stage {stage} has not run"
-    return record
-
-
 def _figures(evaluation: StageResult) -> dict[str, Any]:
     return {"accuracy": evaluation["accuracy"], "ci95": evaluation["ci95"]}
 
 
 def _arm(arm: str, evaluation: StageResult, seconds: dict[str, float]) -> dict[str, Any]:
-    figures = {key: value for key, value in evaluation.items() if key != "answers"}
-    stages = ADAPTATION_STAGES[arm]
+    figures = {key: value for key, value in evaluation.items() if key not in PER_QUESTION}
+    stages = list(ADAPTATION_STAGES[arm])
+    if arm in TEXT_ARMS:
+        needed = TEXT_STAGES[1:] if arm in ("target_sft", "target_rl") else TEXT_STAGES
+        stages += [stage for stage in needed if stage in seconds]
     return {
         **figures,
         "seconds": sum(seconds[stage] for stage in stages),
@@ -175,7 +197,7 @@ def _weight_sync(lab: Laboratory) -> dict[str, float]:
 
 def _series(lab: Laboratory, key: str) -> dict[str, list[Any]]:
     """Per-step series of every stage that has ``key`` in its record."""
-    records = {stage: _record(lab, stage) for stage in lab.run.stage_seconds()}
+    records = {stage: lab.result(stage) for stage in lab.run.stage_seconds()}
     return {stage: record[key] for stage, record in records.items() if key in record}
 
 

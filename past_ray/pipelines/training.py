@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from past_ray.pipelines.data import QUESTIONS
+from past_ray.pipelines.data import GIVEN, QUESTIONS
 from past_ray.pipelines.laboratory import Laboratory
 from past_ray.pipelines.stages import Stage, StageResult
 from past_ray.runtime.checkpoints import checkpoint_folder
@@ -19,19 +19,20 @@ def sft(
     *,
     init: str,
     domain: str,
+    texts: str | None = GIVEN,
     num_steps: int | None = None,
 ) -> Stage:
-    """SFT of the model ``init`` on the documents of ``domain``."""
+    """SFT of the model ``init`` on the passages of ``domain`` and what ``texts`` wrote on them."""
     sft = lab.config.sft
     if num_steps is not None:
-        sft = sft.model_copy(update={"num_steps": num_steps})
+        sft = sft.model_copy(update={"num_steps": num_steps, "num_epochs": None})
 
     def work() -> StageResult:
         lab.make_room_for_sft()
         tokenizer = lab.tokenizer()
-        texts = lab.domain(domain).texts
+        sequences = lab.domain(domain, texts=texts).sequences
         result = train_sft(
-            examples=document_examples(texts, tokenizer, max_length=sft.max_length),
+            examples=document_examples(sequences, tokenizer, max_length=sft.max_length),
             init_folder=lab.model(init),
             out_folder=lab.model(name),
             sft=sft,
@@ -46,7 +47,7 @@ def sft(
             "training_seconds": result.seconds,
         }
 
-    return Stage(name=name, work=work, num_steps=sft.num_steps)
+    return Stage(name=name, work=work, num_steps=None if sft.num_epochs else sft.num_steps)
 
 
 def rl(

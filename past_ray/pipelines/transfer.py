@@ -1,5 +1,11 @@
 """The stages of weight arithmetic: the skill vector and its injection."""
 
+from past_ray.config.judge import (
+    EndpointJudgeConfig,
+    JudgeConfig,
+    ModelJudgeConfig,
+    RuleJudgeConfig,
+)
 from past_ray.pipelines.laboratory import Laboratory
 from past_ray.pipelines.stages import Stage, StageResult
 from past_ray.skill import Provenance
@@ -29,10 +35,10 @@ def extract(
                 task=config.task.kind,
                 refinement_round=refinement_round,
                 source_data_hash=hash_files(
-                    list(lab.run.tables(f"source_{refinement_round}").glob("*.parquet"))
+                    list(lab.run.tables(f"source_{refinement_round}").rglob("*.parquet"))
                 ),
                 rl_recipe=config.rl.model_dump(mode="json"),
-                reward=config.task.reward,
+                reward=_reward_name(config.judged_by),
                 seed=config.seed,
             ),
             base=lab.model("base"),
@@ -43,17 +49,30 @@ def extract(
     return Stage(name=name, work=work)
 
 
-def inject(lab: Laboratory, name: str, *, target: str, skill: str, scale: float) -> Stage:
-    """Model ``target + scale * v``."""
+def inject(
+    lab: Laboratory, name: str, *, target: str, skill: str, scale: float | None = None
+) -> Stage:
+    """Model ``target + scale * v``; without a scale, that of the run."""
 
     def work() -> StageResult:
+        factor = lab.skill_scale() if scale is None else scale
         inject_skill(
             lab.model(target),
             lab.run.skill(skill),
             lab.model(name),
-            scale=scale,
+            scale=factor,
             verify=True,
         )
-        return {"scale": scale}
+        return {"scale": factor}
 
     return Stage(name=name, work=work)
+
+
+def _reward_name(judge: JudgeConfig) -> str:
+    match judge:
+        case RuleJudgeConfig():
+            return judge.rule
+        case ModelJudgeConfig():
+            return f"model {judge.path.name}"
+        case EndpointJudgeConfig():
+            return f"endpoint model {judge.model}"

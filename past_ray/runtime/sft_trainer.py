@@ -110,6 +110,7 @@ def train_sft(
         ClusterError: A worker failed; its own error is the cause.
     """
     started = time.perf_counter()
+    sft = sft.resolved(len(examples))
     work_dir, init_folder, out_folder = (
         path.resolve() for path in (work_dir, init_folder, out_folder)
     )

@@ -27,3 +27,6 @@ class QAExample:
 
     answer: str
     """Gold answer; used by the grader only, never shown to the policy."""
+
+    question: str = ""
+    """The question alone, for judges that read it; rules do not."""

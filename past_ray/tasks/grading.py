@@ -9,7 +9,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable
 
-from past_ray.config.task import RewardName
+from past_ray.config.judge import RuleName
 from past_ray.errors import GradingError
 
 ARTICLES = frozenset({"a", "an", "the"})
@@ -43,15 +43,32 @@ def exact_match(answer: str, gold: str) -> float:
     return float(normalized_tokens(answer) == _gold_tokens(gold))
 
 
+def token_f1(answer: str, gold: str) -> float:
+    """Return the harmonic mean of precision and recall over the words that both share.
+
+    ``f1 = 2 * num_shared / (num_answer_words + num_gold_words)``. It punishes every word around
+    the gold ones, so a correct sentence scores low.
+
+    Reference:
+        SQuAD https://arxiv.org/abs/1606.05250 section 6.1.
+
+    Raises:
+        GradingError: The gold answer is empty.
+    """
+    gold_counts = Counter(_gold_tokens(gold))
+    answer_counts = Counter(normalized_tokens(answer))
+    return 2 * (gold_counts & answer_counts).total() / (gold_counts + answer_counts).total()
+
+
 def gold_token_recall(answer: str, gold: str) -> float:
     """Return the share of the gold answer's words that occur in the answer.
 
     ``sum_w min(count_answer(w), count_gold(w)) / sum_w count_gold(w)``. Words around the gold ones
-    cost nothing, so a policy trained on it needs a token limit.
+    cost nothing, so grade ``first_words`` of the answer.
 
-    From 0.67 on, an answer counts as correct: over SEAL's answers with verdicts of GPT-4.1, that
-    rule agrees with 86 % of the verdicts (precision 0.90, recall 0.72), where exact match finds
-    6 % of the correct answers.
+    From 0.67 on, an answer counts as correct: over the answers of SEAL's runs base and naive with
+    verdicts of GPT-4.1, that rule agrees with 88 % of the verdicts (precision 0.93, recall 0.70),
+    where exact match finds 14 % of the correct answers.
 
     Raises:
         GradingError: The gold answer is empty.
@@ -61,8 +78,19 @@ def gold_token_recall(answer: str, gold: str) -> float:
     return found.total() / gold_counts.total()
 
 
-GRADERS: dict[RewardName, Callable[[str, str], float]] = {
+def first_words(answer: str, *, max_words: int, gold: str) -> str:
+    """Return the part of an answer that is graded.
+
+    It has as many words as the gold answer at least, so that a long one stays within reach.
+
+    Example: ``first_words("It is  Oslo or Rome", max_words=3, gold="Oslo")`` is ``"It is Oslo"``.
+    """
+    return " ".join(answer.split()[: max(max_words, len(gold.split()))])
+
+
+GRADERS: dict[RuleName, Callable[[str, str], float]] = {
     "exact_match": exact_match,
+    "token_f1": token_f1,
     "gold_token_recall": gold_token_recall,
 }
 """``grader(answer, gold)`` in [0, 1] by the name that a configuration uses."""

@@ -13,13 +13,8 @@ PromptStyle = Literal["bare", "topic", "in_context"]
 """``bare``: the question alone. ``topic``: an instruction, the title, the question; the document
 stays closed. ``in_context``: an instruction, the document's text, the question."""
 
-CLOSED_BOOK_INSTRUCTION = (
-    "Answer the question from memory. Give only the answer, in as few words as possible."
-)
-
-IN_CONTEXT_INSTRUCTION = (
-    "Use the passage to answer the question. Give only the answer, in as few words as possible."
-)
+INSTRUCTION = "Answer the question directly and concisely."
+"""The same with and without the passage, so that the passage is all that differs."""
 
 
 def closed_book_messages(question: str, *, title: str | None) -> tuple[Message, ...]:
@@ -30,13 +25,12 @@ def closed_book_messages(question: str, *, title: str | None) -> tuple[Message, 
         title: Says what the question is about, since it was written next to its passage; None
             leaves the line out.
     """
-    topic = f"Topic: {title}\n" if title else ""
-    return (_user(f"{CLOSED_BOOK_INSTRUCTION}\n\n{topic}Question: {question}"),)
+    return (_user(_asked(question, title)),)
 
 
-def in_context_messages(question: str, passage: str) -> tuple[Message, ...]:
+def in_context_messages(question: str, passage: str, *, title: str | None) -> tuple[Message, ...]:
     """Ask with the passage in the prompt: what a model that has not learned it can do."""
-    return (_user(f"{IN_CONTEXT_INSTRUCTION}\n\nPassage: {passage}\n\nQuestion: {question}"),)
+    return (_user(f"Passage: {passage}\n\n{_asked(question, title)}"),)
 
 
 def qa_examples(documents: pa.Table, questions: pa.Table, *, style: PromptStyle) -> list[QAExample]:
@@ -56,6 +50,7 @@ def qa_examples(documents: pa.Table, questions: pa.Table, *, style: PromptStyle)
             question_id=row["question_id"],
             messages=_messages(row["question"], documents_by_id[row["doc_id"]], style=style),
             answer=row["answer"],
+            question=row["question"],
         )
         for row in rows
     ]
@@ -70,7 +65,12 @@ def _messages(
         case "topic":
             return closed_book_messages(question, title=document["title"])
         case "in_context":
-            return in_context_messages(question, document["text"])
+            return in_context_messages(question, document["text"], title=document["title"])
+
+
+def _asked(question: str, title: str | None) -> str:
+    topic = f"Topic: {title}\n" if title else ""
+    return f"{INSTRUCTION}\n{topic}Question: {question}\nAnswer:"
 
 
 def _user(content: str) -> Message:

@@ -1,14 +1,12 @@
-import importlib.util
 import json
-import shutil
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
-from past_ray.config.model import WheelModelConfig
 from past_ray.engine.models import check_model_folder, init_scratch_model, unpack_wheel_model
-from past_ray.errors import ConfigError
+from past_ray.errors import ConfigError, StorageError
 from past_ray.skill.checkpoint import load_weights
 from tests.tiny_model import make_tiny_model, make_tiny_tokenizer
 
@@ -20,7 +18,6 @@ SIZES = {
     "intermediate_size": 40,
     "max_position_embeddings": 64,
 }
-WHEEL = WheelModelConfig()
 
 
 def scratch(folder, **changes):
@@ -70,6 +67,31 @@ def test_an_incomplete_folder_is_refused_with_what_is_missing(tmp_path, name):
         check_model_folder(folder)
 
 
+def test_pickled_weights_are_refused_by_name(tmp_path):
+    folder = make_tiny_model(tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(weights, folder / "pytorch_model.bin")
+    with pytest.raises(ConfigError, match=r"pytorch_model\.bin.*save_pretrained"):
+        check_model_folder(folder)
+
+
+def test_weights_of_which_a_part_is_missing_are_refused(tmp_path):
+    folder = make_tiny_model(tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    first, *rest = sorted(weights)
+    save_file({first: weights[first]}, folder / "model-00001-of-00002.safetensors")
+    files = {first: "model-00001-of-00002.safetensors"}
+    files |= dict.fromkeys(rest, "model-00002-of-00002.safetensors")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    with pytest.raises(StorageError, match=r"model-00002-of-00002\.safetensors"):
+        check_model_folder(folder)
+    save_file({name: weights[name] for name in rest}, folder / files[rest[0]])
+    check_model_folder(folder)
+
+
 def test_a_folder_without_a_chat_template_is_refused(tmp_path):
     folder = make_tiny_model(tmp_path / "model")
     (folder / "chat_template.jinja").unlink()
@@ -91,43 +113,3 @@ def test_a_missing_wheel_names_the_extra_to_install(tmp_path):
         unpack_wheel_model(
             tmp_path / "model", package="no_such_package", filename="x.gguf", rope_theta=1e4
         )
-
-
-needs_wheel = pytest.mark.skipif(
-    importlib.util.find_spec(WHEEL.package) is None, reason="the extra bench is not installed"
-)
-
-
-@needs_wheel
-def test_a_missing_file_in_the_wheel_lists_those_there(tmp_path):
-    with pytest.raises(ConfigError, match=WHEEL.filename):
-        unpack_wheel_model(
-            tmp_path / "model", package=WHEEL.package, filename="x.gguf", rope_theta=1e4
-        )
-
-
-@pytest.mark.slow
-@needs_wheel
-def test_the_unpacked_wheel_model_scores_text_as_the_gguf_file_does(tmp_path):
-    folder = tmp_path / "model"
-    unpack_wheel_model(
-        folder, package=WHEEL.package, filename=WHEEL.filename, rope_theta=WHEEL.rope_theta
-    )
-    check_model_folder(folder)
-    config = json.loads((folder / "config.json").read_text())
-    assert "quantization_config" not in config
-    assert config["rope_parameters"]["rope_theta"] == WHEEL.rope_theta
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    text = "In 1969 they landed; it's 3,141 km away."
-    ids = tokenizer.encode(text, add_special_tokens=False)
-    assert tokenizer.decode(ids) == text
-    assert [tokenizer.decode([i]) for i in ids[:6]] == ["In", " ", "1", "9", "6", "9"]
-    source = importlib.util.find_spec(WHEEL.package)
-    gguf = AutoModelForCausalLM.from_pretrained(
-        source.submodule_search_locations[0], gguf_file=WHEEL.filename, dtype=torch.float32
-    )
-    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    with torch.no_grad():
-        expected, found = (model(torch.tensor([ids])).logits for model in (gguf, plain))
-    assert (expected.log_softmax(-1) - found.log_softmax(-1)).abs().max() < 1e-5
-    shutil.rmtree(folder)

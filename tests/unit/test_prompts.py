@@ -23,7 +23,8 @@ QUESTIONS = pa.table(
 def test_closed_book_prompt_names_the_topic_before_the_question():
     (message,) = closed_book_messages("Who fled?", title="Genghis Khan")
     assert message["role"] == "user"
-    assert message["content"].splitlines()[-2:] == ["Topic: Genghis Khan", "Question: Who fled?"]
+    lines = message["content"].splitlines()
+    assert lines[-3:] == ["Topic: Genghis Khan", "Question: Who fled?", "Answer:"]
 
 
 @pytest.mark.parametrize("title", [None, ""])
@@ -32,15 +33,17 @@ def test_closed_book_prompt_without_a_title_has_no_topic_line(title):
     assert "Topic" not in message["content"]
 
 
-def test_in_context_prompt_holds_passage_and_question():
-    (message,) = in_context_messages("Who fled?", "The Shah fled.")
-    assert message["content"].endswith("Passage: The Shah fled.\n\nQuestion: Who fled?")
+def test_in_context_prompt_is_the_closed_book_prompt_behind_the_passage():
+    (closed,) = closed_book_messages("Who fled?", title="Genghis Khan")
+    (shown,) = in_context_messages("Who fled?", "The Shah fled.", title="Genghis Khan")
+    assert shown["content"] == f"Passage: The Shah fled.\n\n{closed['content']}"
 
 
 def test_bare_examples_ask_the_question_alone_in_table_order():
     examples = qa_examples(DOCUMENTS, QUESTIONS, style="bare")
     assert [example.question_id for example in examples] == ["q1", "q0"]
     assert examples[0].messages == ({"role": "user", "content": "Who fled?"},)
+    assert [example.question for example in examples] == ["Who fled?", "Who wrote?"]
     assert [example.answer for example in examples] == ["The Shah", "Newton"]
 
 

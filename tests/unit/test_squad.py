@@ -1,11 +1,10 @@
 import json
 import os
-from pathlib import Path
 
 import pytest
 
 from past_ray.errors import DataError
-from past_ray.tasks import squad, tables
+from past_ray.tasks import squad
 
 RECORD = {
     "title": "Jehovah%27s Witnesses",
@@ -19,45 +18,71 @@ RECORD = {
 }
 
 
+def qa(question, *answers, **fields):
+    return {"question": question, "answers": [{"text": text} for text in answers], **fields}
+
+
+def official(*articles):
+    """Articles are ``(title, [(context, qas), ...])``."""
+    return {
+        "version": "v2.0",
+        "data": [
+            {"title": title, "paragraphs": [{"context": text, "qas": qas} for text, qas in texts]}
+            for title, texts in articles
+        ],
+    }
+
+
 @pytest.fixture
 def data_file(tmp_path, monkeypatch):
     monkeypatch.setenv("PAST_RAY_DATA", str(tmp_path))
 
     def write(records, name="train.json"):
-        (tmp_path / name).write_text(json.dumps(records))
-        return Path(name)
+        text = records if isinstance(records, str) else json.dumps(records)
+        (tmp_path / name).write_text(text)
+        return name
 
     return write
 
 
 def test_passages_carry_file_and_index_as_id_and_a_readable_title(data_file):
-    path = data_file([RECORD | {"title": "Botany"}, RECORD, RECORD])
-    passages = squad.load_passages(path, num_passages=2)
+    passages = squad.load_passages(data_file([RECORD | {"title": "Botany"}, RECORD]))
     assert [passage.passage_id for passage in passages] == ["train-0000", "train-0001"]
     assert [passage.title for passage in passages] == ["Botany", "Jehovah's Witnesses"]
     assert passages[1].questions == (("Who?", "Ada"), ("When?", "1900"))
+    assert passages[1].completions == ("1. First.", "1. Second.", "1. Third.")
 
 
-def test_completions_become_documents_and_questions_name_the_passage(data_file):
-    passages = squad.load_passages(data_file([RECORD]), num_passages=1)
-    documents, questions = squad.passage_tables(passages, num_completions=2)
-    assert documents == [
-        {"doc_id": "train-0000", "title": "Jehovah's Witnesses", "text": "A passage."},
-        {"doc_id": "train-0000#1", "title": "Jehovah's Witnesses", "text": "1. First."},
-        {"doc_id": "train-0000#2", "title": "Jehovah's Witnesses", "text": "1. Second."},
+def test_official_paragraphs_become_passages_numbered_through_the_file(data_file):
+    content = official(
+        ("Notre_Dame", [("P0.", [qa("Who?", "Ada")]), ("P1.", [qa("When?", "1900")])]),
+        ("Beyonc%C3%A9", [("P2.", [qa("Where?", "Oslo")])]),
+    )
+    passages = squad.load_passages(data_file(content, "dev-v1.1.json"))
+    assert [(p.passage_id, p.title, p.context) for p in passages] == [
+        ("dev-v1.1-0000", "Notre Dame", "P0."),
+        ("dev-v1.1-0001", "Notre Dame", "P1."),
+        ("dev-v1.1-0002", "Beyonc\N{LATIN SMALL LETTER E WITH ACUTE}", "P2."),
     ]
-    assert [(row["question_id"], row["doc_id"], row["answer"]) for row in questions] == [
-        ("train-0000-q0", "train-0000", "Ada"),
-        ("train-0000-q1", "train-0000", "1900"),
+    assert [p.questions for p in passages] == [
+        (("Who?", "Ada"),),
+        (("When?", "1900"),),
+        (("Where?", "Oslo"),),
     ]
 
 
-def test_more_completions_or_passages_than_there_are_is_an_error(data_file):
-    path = data_file([RECORD])
-    with pytest.raises(DataError, match="at least 2 passages, found 1"):
-        squad.load_passages(path, num_passages=2)
-    with pytest.raises(DataError, match="must have 4 completions, found 3"):
-        squad.passage_tables(squad.load_passages(path, num_passages=1), num_completions=4)
+def test_first_of_several_gold_answers_is_taken(data_file):
+    content = official(("T", [("P.", [qa("Who?", "Ada", "Ada L.", "Ada L.")])]))
+    assert squad.load_passages(data_file(content))[0].questions == (("Who?", "Ada"),)
+
+
+def test_impossible_questions_are_left_out_and_counted_on_their_passage(data_file):
+    impossible = qa("Why?", is_impossible=True, plausible_answers=[{"text": "no"}])
+    answered = qa("Who?", "Ada", is_impossible=False)
+    content = official(("T", [("P0.", [impossible, answered, impossible]), ("P1.", [answered])]))
+    passages = squad.load_passages(data_file(content))
+    assert [p.questions for p in passages] == [(("Who?", "Ada"),), (("Who?", "Ada"),)]
+    assert [p.num_unanswerable for p in passages] == [2, 0]
 
 
 @pytest.mark.parametrize(
@@ -71,61 +96,61 @@ def test_more_completions_or_passages_than_there_are_is_an_error(data_file):
             RECORD | {"questions": [{"question": "Who?"}]},
             r"record 1, question 0 must have a text 'answer', found nothing",
         ),
+        (
+            RECORD | {"questions": [RECORD["questions"][0], {"question": "Who?", "answer": " "}]},
+            r"record 1, question 1 must have a text 'answer', found an empty text",
+        ),
         (RECORD | {"completions": ["x", None]}, r"record 1, completion 1 must have a text"),
     ],
 )
 def test_malformed_record_is_reported_with_its_index(data_file, record, message):
-    path = data_file([RECORD, record])
     with pytest.raises(DataError, match=message):
-        squad.load_passages(path, num_passages=2)
+        squad.load_passages(data_file([RECORD, record]))
 
 
-def test_file_that_is_not_json_or_not_a_list_is_refused(data_file, tmp_path):
-    with pytest.raises(DataError, match="must be a list of passages, found a dict"):
-        squad.load_passages(data_file({"data": []}), num_passages=1)
-    (tmp_path / "broken.json").write_text("{")
-    with pytest.raises(DataError, match="must be JSON"):
-        squad.load_passages(Path("broken.json"), num_passages=1)
+@pytest.mark.parametrize(
+    ("question", "message"),
+    [
+        (qa("Who?"), r"record 1, paragraph 0, question 1 must have an answer or 'is_impossible'"),
+        (qa("Who?", ""), r"paragraph 0, question 1, answer 0 must have a text 'text', found an em"),
+        ({"question": "Who?"}, r"question 1 must have a list 'answers', found nothing"),
+        (qa(" ", "Ada"), r"question 1 must have a text 'question', found an empty text"),
+    ],
+)
+def test_malformed_official_question_is_reported_with_its_place(data_file, question, message):
+    good = qa("When?", "1900")
+    content = official(("A", [("P.", [good])]), ("B", [("P.", [good, question])]))
+    with pytest.raises(DataError, match=message):
+        squad.load_passages(data_file(content))
 
 
-def test_missing_file_without_the_variable_says_to_set_it(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("PAST_RAY_DATA", raising=False)
-    with pytest.raises(DataError, match="Set PAST_RAY_DATA to the folder"):
-        squad.load_passages(Path("squad/target.json"), num_passages=1)
+@pytest.mark.parametrize("text", ['[{"a": 1}, {"a": 2}, {"a": 3', '{"data": [{}, {}, {"a" 3}]}'])
+def test_broken_json_is_reported_with_its_record(data_file, text):
+    with pytest.raises(DataError, match=r"train.json must be JSON, got in record 2: "):
+        squad.load_passages(data_file(text))
 
 
-def test_missing_file_with_the_variable_names_its_value(tmp_path, monkeypatch):
-    monkeypatch.setenv("PAST_RAY_DATA", str(tmp_path))
-    with pytest.raises(DataError, match=f"Check PAST_RAY_DATA={tmp_path}"):
-        squad.resolve_data_path(Path("squad/target.json"))
+def test_json_that_is_neither_layout_is_refused(data_file):
+    with pytest.raises(DataError, match="a list of passages or an object with 'data', found a dic"):
+        squad.load_passages(data_file({"rows": []}))
 
 
-def test_absolute_path_ignores_the_variable(tmp_path, monkeypatch):
-    monkeypatch.setenv("PAST_RAY_DATA", "/elsewhere")
-    (tmp_path / "a.json").write_text("[]")
-    assert squad.resolve_data_path(tmp_path / "a.json") == tmp_path / "a.json"
-
-
-def test_title_shared_by_source_and_target_is_refused(data_file):
-    source = squad.load_passages(data_file([RECORD, RECORD]), num_passages=2)
-    target = squad.load_passages(
-        data_file([RECORD | {"title": "Force"}], "dev.json"), num_passages=1
-    )
-    squad.check_disjoint_titles(source, target)
-    with pytest.raises(DataError, match="no title in common, found 1"):
-        squad.check_disjoint_titles(source, [*target, source[0]])
+def test_missing_file_is_refused(data_file):
+    with pytest.raises(DataError, match=r"no.json must be a data file, found none"):
+        squad.load_passages("no.json")
 
 
 @pytest.mark.skipif("PAST_RAY_DATA" not in os.environ, reason="PAST_RAY_DATA is not set")
-def test_real_files_load_and_fill_valid_tables(tmp_path):
-    source = squad.load_passages(Path("squad/source_round1.json"), num_passages=50)
-    target = squad.load_passages(Path("squad/target_200.json"), num_passages=200)
-    squad.check_disjoint_titles(source, target)
-    documents, questions = squad.passage_tables(target, num_completions=5)
-    assert (len(documents), len(questions)) == (200 * 6, 974)
-    assert sum(len(passage.questions) for passage in source) == 225
-    tables.write_documents(tmp_path / "documents.parquet", documents)
-    tables.write_questions(tmp_path / "questions.parquet", questions)
-    known = tables.read_documents(tmp_path / "documents.parquet")
-    assert tables.read_questions(tmp_path / "questions.parquet", known).num_rows == 974
+@pytest.mark.parametrize(
+    ("name", "num_passages", "num_questions", "num_completions"),
+    [
+        ("source_round1", 100, 467, 10),
+        ("source_round2", 50, 243, 5),
+        ("target_200", 200, 974, 5),
+    ],
+)
+def test_real_files_load_whole(name, num_passages, num_questions, num_completions):
+    passages = squad.load_passages(f"squad/{name}.json")
+    assert len(passages) == num_passages
+    assert sum(len(passage.questions) for passage in passages) == num_questions
+    assert {len(passage.completions) for passage in passages} == {num_completions}
