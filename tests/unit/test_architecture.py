@@ -121,7 +121,14 @@ def test_every_config_field_has_a_docstring():
 
 
 @pytest.mark.parametrize(
-    "path", sorted((ROOT / "jobs" / "configs").glob("*.yaml")), ids=lambda p: p.name
+    "path",
+    sorted(
+        [
+            *(ROOT / "jobs" / "configs").glob("*.yaml"),
+            *(ROOT / "jobs" / "configs" / "cpu").glob("*.yaml"),
+        ]
+    ),
+    ids=lambda p: p.name,
 )
 def test_every_job_config_validates(path):
     load_config(ExperimentConfig, path, [])
