@@ -3,7 +3,7 @@
 ::
 
     waiting   A A A | B B | C | D D D D ...     one group of requests per adapter
-    open      max_loras groups, or that of the base alone, which goes first
+    open      max_loras groups, and beside them that of the base alone
     done      a group whose last request ended; the next waiting one is loaded in its place
 
 The base is ``theta_base + scale * v`` and an adapter adds ``scaling * B @ A`` of one passage, so a
@@ -12,9 +12,6 @@ request is answered by the sum of the two, and one engine serves every passage.
 vLLM keys its prefix cache by an adapter's name. A name holds the folder, a digest of its files and
 the version of the base, so nothing is reused across any of them. vLLM keeps ``max_loras`` adapters
 and forgets the one that was used least recently.
-
-On CPU vLLM 0.32 puts an adapter on requests without one that are decoded beside it
-(https://github.com/vllm-project/vllm/pull/48421), hence the base is never mixed with adapters.
 """
 
 import hashlib
@@ -153,8 +150,7 @@ class VLLMAdapterBank:
         groups: dict[Path | None, list[int]] = {}
         for index, folder in enumerate(adapters):
             groups.setdefault(folder, []).append(index)
-        order = sorted(groups, key=lambda folder: folder is not None)
-        waiting = deque((named[f] if f else None, groups[f]) for f in order)
+        waiting = deque((named[f] if f else None, groups[f]) for f in groups)
         return self._run(waiting, prompts, sampling)
 
     def close(self) -> None:
@@ -188,8 +184,8 @@ class VLLMAdapterBank:
 
     def _has_room(self) -> bool:
         """Whether one more adapter may join the requests in flight."""
-        names = {adapter and adapter.lora_name for _, adapter in self._in_flight.values()}
-        return None not in names and len(names) < self._max_loras
+        names = {adapter.lora_name for _, adapter in self._in_flight.values() if adapter}
+        return len(names) < self._max_loras
 
     def _name(self, folder: Path) -> "LoRARequest":
         """Check an adapter and return the request that vLLM knows it by."""

@@ -270,7 +270,7 @@ def start_engine(
     extension = weight_transfer.WorkerExtension
     is_single = config.tensor_parallel_size == 1
     try:
-        return LLMEngine.from_engine_args(
+        engine = LLMEngine.from_engine_args(
             EngineArgs(
                 **settings,
                 distributed_executor_backend="uni" if is_single else "mp",
@@ -285,6 +285,11 @@ def start_engine(
         )
     except (ValueError, OSError) as error:
         raise ConfigError(f"vLLM refused the generator's settings {settings}: {error}") from error
+    if lora_rank is not None and current_platform.is_cpu():
+        from past_ray.engine.vllm_cpu_lora import use_runs
+
+        engine.collective_rpc(use_runs)
+    return engine
 
 
 def _device_settings(config: GeneratorConfig, *, is_cpu: bool) -> dict[str, Any]:
