@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install demo demo-seeds demo-squad squad paper-plan bench-skill bench-rl chaos check test test-gpu lock clean
+.PHONY: help install demo demo-seeds demo-squad squad loogle-smoke paper-plan bench-skill bench-rl chaos check test test-gpu lock clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
@@ -33,6 +33,9 @@ demo-squad: install  ## SmolLM2-135M on real SQuAD text (needs PAST_RAY_DATA)
 
 squad: install  ## SmolLM2-135M learns SQuAD passages one by one, all arms: runs/squad/report.json (needs PAST_RAY_DATA)
 	$(BIN)/past-ray run jobs/configs/cpu/squad-n1.yaml
+
+loogle-smoke: install  ## SmolLM2-135M on real LooGLE documents, a few steps: runs/loogle/report.json (needs PAST_RAY_DATA)
+	$(BIN)/past-ray run jobs/configs/cpu/loogle-smoke.yaml
 
 paper-plan: install  ## Stages, GPUs, memory, tokens and hours of the published recipes
 	$(BIN)/python -m past_ray.pipelines.paper_plan jobs/configs/paper/plans

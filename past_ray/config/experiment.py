@@ -1,7 +1,7 @@
 """One whole PaST experiment: data, model, both training stages, the arms and where they run."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -15,11 +15,12 @@ from past_ray.config.model import (
 )
 from past_ray.config.rl import RLConfig
 from past_ray.config.runtime import RuntimeConfig
+from past_ray.config.seal import SealConfig
 from past_ray.config.serving import ServingConfig
 from past_ray.config.sft import SFTConfig
 from past_ray.config.single_passage import SinglePassageConfig
 from past_ray.config.task import TaskConfig, WorldTaskConfig
-from past_ray.config.texts import PassageTextsConfig
+from past_ray.config.texts import PassageTextsConfig, WindowTextsConfig
 from past_ray.config.tracking import TrackingConfig
 
 ArmName = Literal[
@@ -27,6 +28,7 @@ ArmName = Literal[
     "in_context",
     "passage_only",
     "target_sft",
+    "seal",
     "sequential",
     "pre_injection",
     "past",
@@ -54,6 +56,10 @@ class EvaluationConfig(StrictConfig):
     num_example_answers: int = Field(default=12, ge=0)
     """Held-out questions whose answers are shown in the report, for every arm."""
 
+    num_diagnostic_samples: int = Field(default=0, ge=0)
+    """Answers sampled per target question, without and with the skill vector, to see whether it
+    broke the model; no label is used. 0 is off; agreement of answers needs 2."""
+
 
 class ExperimentConfig(StrictConfig):
     """One run of the whole method."""
@@ -73,7 +79,9 @@ class ExperimentConfig(StrictConfig):
     model: ModelConfig = ScratchModelConfig()
     """theta_base."""
 
-    texts: PassageTextsConfig | None = None
+    texts: Annotated[PassageTextsConfig | WindowTextsConfig, Field(discriminator="kind")] | None = (
+        None
+    )
     """What theta_base writes about every passage before SFT; None: texts given with the task."""
 
     judge: JudgeConfig | None = None
@@ -83,8 +91,15 @@ class ExperimentConfig(StrictConfig):
     sft: SFTConfig = SFTConfig()
     """Source and target SFT: one recipe for both, so that what they share cancels."""
 
+    sft_pairs: SFTConfig | None = None
+    """Second phase of source and target SFT, on questions with answers that theta_base wrote about
+    windows; None: one phase. The length of an answer's prompt counts towards ``max_length``."""
+
     single_passage: SinglePassageConfig | None = None
     """Learn each target passage in a LoRA adapter of its own (n=1) instead of one SFT of all."""
+
+    seal: SealConfig = SealConfig()
+    """Search of arm ``seal`` for its writer, on the source passages and questions."""
 
     rl: RLConfig = RLConfig()
     """GRPO on the source questions."""
@@ -129,12 +144,13 @@ class ExperimentConfig(StrictConfig):
 
     @model_validator(mode="after")
     def _check(self) -> "ExperimentConfig":
-        if self.sft.batch_size % self.runtime.num_sft_workers:
-            raise ValueError(
-                "sft.batch_size must be a multiple of runtime.num_sft_workers, got "
-                f"{self.sft.batch_size} over {self.runtime.num_sft_workers}. Uneven ranks would "
-                "wait for each other forever."
-            )
+        for key, recipe in {"sft": self.sft, "sft_pairs": self.sft_pairs}.items():
+            if recipe and recipe.batch_size % self.runtime.num_sft_workers:
+                raise ValueError(
+                    f"{key}.batch_size must be a multiple of runtime.num_sft_workers, got "
+                    f"{recipe.batch_size} over {self.runtime.num_sft_workers}. Uneven ranks would "
+                    "wait for each other forever."
+                )
         if isinstance(self.model, ScratchModelConfig) and self.task.kind != "world":
             raise ValueError(
                 "model.kind scratch knows only the miniature world, got task.kind "
@@ -146,6 +162,9 @@ class ExperimentConfig(StrictConfig):
                 "task.kind world needs model.kind scratch: other models do not know its words."
             )
         self._check_arms()
+        if "seal" in self.arms:
+            self._check_seal()
+        self._check_windows()
         if self.skill_scale is None:
             self._check_scale_choice()
         if self.rl.max_new_tokens >= self.runtime.generator.max_model_len:
@@ -155,6 +174,23 @@ class ExperimentConfig(StrictConfig):
             )
         return self
 
+    def _check_seal(self) -> None:
+        if not (self.single_passage and isinstance(self.texts, PassageTextsConfig)):
+            raise ValueError(
+                "arm seal needs single_passage, for the adapters that score self-edits, and texts "
+                "of kind passages, which says how they are sampled. Add them or drop the arm."
+            )
+        if self.texts.temperature == 0:
+            raise ValueError(
+                "arm seal needs texts.temperature above 0, got 0: all self-edits about a passage "
+                "would be equal. Raise it or drop the arm."
+            )
+        if self.seal.sft.batch_size % self.runtime.num_sft_workers:
+            raise ValueError(
+                "seal.sft.batch_size must be a multiple of runtime.num_sft_workers, got "
+                f"{self.seal.sft.batch_size} over {self.runtime.num_sft_workers}. Change one."
+            )
+
     def _check_scale_choice(self) -> None:
         if getattr(self.task, "validation", None) is None:
             raise ValueError(
@@ -163,6 +199,19 @@ class ExperimentConfig(StrictConfig):
             )
         if not self.evaluation.scales:
             raise ValueError("skill_scale null needs evaluation.scales to choose from, got none.")
+
+    def _check_windows(self) -> None:
+        if not isinstance(self.texts, WindowTextsConfig):
+            if self.sft_pairs:
+                raise ValueError(
+                    "sft_pairs needs texts.kind windows, which writes the questions, got "
+                    f"{self.texts.kind if self.texts else None}. Add it or drop sft_pairs."
+                )
+        elif self.single_passage or self.evaluation.dose_steps:
+            raise ValueError(
+                "texts.kind windows trains one model over all documents in one length; "
+                "single_passage and evaluation.dose_steps do not go with it. Drop them."
+            )
 
     def _check_arms(self) -> None:
         is_world = self.task.kind == "world"

@@ -65,6 +65,15 @@ class WindowTextsConfig(GenerationConfig):
     pairs_per_window: int = Field(default=8, ge=1)
     """Questions with answers asked for about each window."""
 
+    max_windows_per_document: int | None = Field(default=None, ge=1)
+    """Windows of each size that are read, from the beginning of a document; null reads all. What
+    is not read is counted in the report."""
+
+    on_no_pairs: Literal["fail", "gold"] = "fail"
+    """What happens where no pair about a document can be read: the run ends, or (``gold``) a
+    source document lends the questions of its split in their place, counted in the report. No
+    question of a target or of the validation domain is ever lent."""
+
     @model_validator(mode="after")
     def _check_overlaps(self) -> "WindowTextsConfig":
         for name in ("text", "pair"):

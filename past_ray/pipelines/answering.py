@@ -1,13 +1,14 @@
 """The stage that answers questions with what one arm knows."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
 from past_ray.config.judge import RuleJudgeConfig
 from past_ray.envs.chat import chat_codec
+from past_ray.envs.rollout import completion_seed
 from past_ray.pipelines.data import TARGET, Domain, question_kind
 from past_ray.pipelines.evaluation import (
     Answer,
@@ -17,7 +18,7 @@ from past_ray.pipelines.evaluation import (
 )
 from past_ray.pipelines.laboratory import Laboratory
 from past_ray.pipelines.stages import Stage, StageResult
-from past_ray.rl.types import SamplingParams
+from past_ray.rl.types import Completion, SamplingParams
 from past_ray.runtime.adapter_answers import AdapterRequest
 from past_ray.skill import load_skill
 from past_ray.skill.arithmetic import inject_skill_vector
@@ -81,6 +82,44 @@ def evaluate(
     return Stage(name=name, work=work, num_steps=1)
 
 
+def complete_with_adapters(
+    lab: Laboratory,
+    weights: Mapping[str, Tensor],
+    domain: Domain,
+    adapters: str,
+    *,
+    sampling: SamplingParams,
+    num_samples: int = 1,
+) -> list[Completion]:
+    """Ask each question of its own passage's adapter: ``theta + scale * v`` below, B A on top.
+
+    Args:
+        lab: Its adapters' engines answer.
+        weights: Below all adapters.
+        domain: Whose questions are asked.
+        adapters: Set of adapters.
+        sampling: Of every answer; its seed is replaced.
+        num_samples: Answers per question; those of one question follow each other.
+    """
+    examples, passage_of = domain.examples(), domain.passage_of
+    requests = [
+        AdapterRequest(
+            request_id=f"{example.question_id}/{index}",
+            prompt_ids=prompt,
+            adapter=(lab.run.adapters(adapters) / passage_of[example.question_id]).resolve(),
+        )
+        for example, prompt in zip(examples, lab.prompt_ids(examples), strict=True)
+        for index in range(num_samples)
+    ]
+    seeded = [
+        replace(sampling, seed=completion_seed(lab.config.seed, request.request_id, 0))
+        for request in requests
+    ]
+    answers = lab.answers()
+    answers.load_base(weights, lab.next_version())
+    return answers.answer(requests, seeded, _ignore)
+
+
 def _answers_of_model(
     lab: Laboratory, weights: Mapping[str, Tensor], domain: Domain, *, in_context: bool
 ) -> list[Answer]:
@@ -103,21 +142,9 @@ def _answers_of_model(
 def _answers_of_adapters(
     lab: Laboratory, weights: Mapping[str, Tensor], domain: Domain, adapters: str
 ) -> list[Answer]:
-    """Ask each question of its own passage's adapter: ``theta + scale * v`` below, B A on top."""
-    examples, passage_of = domain.examples(), domain.passage_of
-    requests = [
-        AdapterRequest(
-            request_id=example.question_id,
-            prompt_ids=prompt,
-            adapter=(lab.run.adapters(adapters) / passage_of[example.question_id]).resolve(),
-        )
-        for example, prompt in zip(examples, lab.prompt_ids(examples), strict=True)
-    ]
-    answers = lab.answers()
-    answers.load_base(weights, lab.next_version())
-    completions = answers.answer(requests, [_greedy(lab)] * len(requests), _ignore)
+    completions = complete_with_adapters(lab, weights, domain, adapters, sampling=_greedy(lab))
     decode = chat_codec(lab.tokenizer()).decode
-    return judged_answers(examples, completions, decode=decode, judge=lab.judge())
+    return judged_answers(domain.examples(), completions, decode=decode, judge=lab.judge())
 
 
 def _greedy(lab: Laboratory) -> SamplingParams:

@@ -6,6 +6,8 @@ task has them, ``validation`` and ``held_out``. The folder of a domain::
     documents.parquet       the passages alone
     texts/given.parquet     texts about them that came with them, where there are any
     texts/<writer>.parquet  texts about them that a model wrote
+    texts/windows.parquet   the windows of long documents
+    pairs.parquet           questions with answers that a model wrote about windows
     questions.parquet       of the target: they only evaluate
     rl_questions.parquet    the miniature world's target only; nothing but arm target_rl reads it
 """
@@ -65,6 +67,7 @@ DOCUMENTS, GIVEN, QUESTIONS, RL_QUESTIONS = (
     "questions.parquet",
     "rl_questions.parquet",
 )
+WINDOWS, PAIRS = "windows", "pairs.parquet"
 TARGET, VALIDATION, HELD_OUT = "target", "validation", "held_out"
 
 PromptStyle = Literal["bare", "topic", "in_context"]

@@ -19,7 +19,7 @@ ANSWER_TIMEOUT_S = 120.0
 
 
 def print_arms(report: dict[str, Any], run_dir: Path) -> None:
-    """Print the arms as a table."""
+    """Print the arms as a table and, where the paper has these tasks, its table with ours."""
     seeds = report.get("seeds")
     what = f"means of seeds {seeds}" if seeds else f"{report['num_heldout_questions']} questions"
     table = Table(title=f"{report['name']}: {what}")
@@ -37,6 +37,9 @@ def print_arms(report: dict[str, Any], run_dir: Path) -> None:
         )
     console = Console()
     console.print(table)
+    if paper := report.get("paper"):
+        # Drawn at a width of its own: a narrow terminal should break its lines, not fold them.
+        console.print(paper["text"], markup=False, highlight=False, soft_wrap=True)
     console.print(f"report: {run_dir / 'report.html'}")
 
 

@@ -58,8 +58,7 @@ class Laboratory(AbstractContextManager["Laboratory"]):
     def __exit__(self, *_: object) -> None:
         """End all actors."""
         self._trackers.close()
-        self.close_session()
-        self.close_answers()
+        self.close_engines()
         self._runner.close()
 
     def execute(self, stages: Iterable[Stage]) -> None:
@@ -137,6 +136,11 @@ class Laboratory(AbstractContextManager["Laboratory"]):
                 max_loras=MAX_LORAS,
             )
         return self._answers
+
+    def close_engines(self) -> None:
+        """End all actors but the judge's, before a stage that needs their memory."""
+        self.close_session()
+        self.close_answers()
 
     def close_answers(self) -> None:
         """End the adapters' engines, if any."""

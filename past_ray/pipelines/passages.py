@@ -35,7 +35,7 @@ def write_texts(
             )
             for domain in domains
         }
-        lab.close_session()
+        lab.close_engines()
         result = generate_texts(
             [request for of_domain in requests.values() for request in of_domain],
             model_folder=lab.model(model),
@@ -80,7 +80,7 @@ def adapters(
             )
             for passage_id, sequences in lab.domain(domain, texts=texts).passage_sequences.items()
         ]
-        lab.close_session()
+        lab.close_engines()
         done: list[AdapterResult] = []
 
         def show(result: AdapterResult) -> None:

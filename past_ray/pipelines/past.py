@@ -13,18 +13,22 @@ so the first half of the one-round run *is* round 1 of the two-round run and is 
 
 import itertools
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from past_ray.config.experiment import ArmName, ExperimentConfig
+from past_ray.config.texts import PassageTextsConfig, WindowTextsConfig
 from past_ray.pipelines import data
 from past_ray.pipelines.answering import Knowledge, evaluate
+from past_ray.pipelines.diagnosis import diagnose_target
 from past_ray.pipelines.laboratory import Laboratory
+from past_ray.pipelines.long_documents import document_figures, window_sft
 from past_ray.pipelines.passages import adapters, write_texts
 from past_ray.pipelines.preparation import base_model, tables
 from past_ray.pipelines.progress import ProgressDisplay
 from past_ray.pipelines.provenance import open_run
 from past_ray.pipelines.report import write_report
+from past_ray.pipelines.seal import seal_knowledge, seal_stages
 from past_ray.pipelines.selection import (
     choose_skill_scale,
     measure_forgetting,
@@ -35,6 +39,7 @@ from past_ray.pipelines.summary import geometry_stage, summarise
 from past_ray.pipelines.tracking import check_tracking
 from past_ray.pipelines.training import rl, sft
 from past_ray.pipelines.transfer import extract, inject
+from past_ray.pipelines.window_texts import write_window_texts
 from past_ray.runtime.cluster import ray_cluster
 
 logger = logging.getLogger(__name__)
@@ -67,13 +72,15 @@ def run_past(config: ExperimentConfig) -> dict[str, Any]:
         progress.expect(len(stages))
         lab.execute(stages)
         report = summarise(lab)
+        if _has_windows(lab):
+            report["documents"] = document_figures(lab)
     write_report(report, config.run_dir)
     return report
 
 
 def all_stages(lab: Laboratory) -> Iterator[Stage]:
     """All stages of the configured arms in the order they run."""
-    parts = (_knowledge, _skill, _scale, _transfer, _evaluation)
+    parts = (_knowledge, _skill, _rival, _scale, _transfer, _evaluation)
     yield from itertools.chain.from_iterable(part(lab) for part in parts)
     yield geometry_stage(lab)
 
@@ -93,10 +100,10 @@ def _knowledge(lab: Laboratory) -> Iterator[Stage]:
         if config.skill_scale is None:
             sources.append(data.VALIDATION)
         for name, domains in {"texts_source": sources, "texts_target": [target]}.items():
-            yield write_texts(lab, name, config.texts, writer=OWN, model="base", domains=domains)
+            yield _write(lab, name, config.texts, domains=domains)
     texts = _texts(lab)
     for k in range(1, config.num_rounds + 1):
-        yield sft(lab, f"sft_source_{k}", init="base", domain=f"source_{k}", texts=texts)
+        yield _sft(lab, f"sft_source_{k}", init="base", domain=f"source_{k}", texts=texts)
     yield _learn(lab, "sft_target", init="base", texts=texts)
     if "passage_only" in config.arms:
         yield _learn(lab, "passage_only", init="base", texts=None)
@@ -112,11 +119,34 @@ def _knowledge(lab: Laboratory) -> Iterator[Stage]:
             )
 
 
+def _write(
+    lab: Laboratory,
+    name: str,
+    texts: PassageTextsConfig | WindowTextsConfig,
+    *,
+    domains: Sequence[str],
+) -> Stage:
+    """What theta_base writes about whole passages or about windows of long documents."""
+    if isinstance(texts, WindowTextsConfig):
+        return write_window_texts(lab, name, texts, writer=OWN, model="base", domains=domains)
+    return write_texts(lab, name, texts, writer=OWN, model="base", domains=domains)
+
+
+def _sft(lab: Laboratory, name: str, *, init: str, domain: str, texts: str | None) -> Stage:
+    """SFT on whole passages, or in phases on windows of long documents."""
+    train = window_sft if _has_windows(lab) else sft
+    return train(lab, name, init=init, domain=domain, texts=texts)
+
+
+def _has_windows(lab: Laboratory) -> bool:
+    return isinstance(lab.config.texts, WindowTextsConfig)
+
+
 def _learn(
     lab: Laboratory, name: str, *, init: str, texts: str | None, domain: str = data.TARGET
 ) -> Stage:
     """New documents into weights: one model, or an adapter per passage (n=1)."""
-    learn = sft if lab.config.single_passage is None else adapters
+    learn = _sft if lab.config.single_passage is None else adapters
     return learn(lab, name, init=init, domain=domain, texts=texts)
 
 
@@ -136,6 +166,8 @@ def _skill(lab: Laboratory) -> Iterator[Stage]:
     """RL on the source and the skill vectors it leaves."""
     config = lab.config
     two_rounds = config.num_rounds == 2
+    # Questions that the model wrote itself, as long as it wrote any about a document.
+    questions = data.PAIRS if _has_windows(lab) else data.QUESTIONS
     yield rl(
         lab,
         "rl_source_1",
@@ -143,6 +175,7 @@ def _skill(lab: Laboratory) -> Iterator[Stage]:
         reference="sft_source_1",
         domain="source_1",
         num_steps=config.rl.num_steps,
+        questions=questions,
         keep_steps=(config.steps_per_round,) if two_rounds else (),
     )
     yield extract(lab, ONE_ROUND, rl="rl_source_1", sft="sft_source_1", refinement_round=1)
@@ -163,6 +196,7 @@ def _skill(lab: Laboratory) -> Iterator[Stage]:
         reference="sft_source_2" if config.rl.kl.reference == "sft" else "init_source_2",
         domain="source_2",
         num_steps=config.steps_per_round,
+        questions=questions,
     )
     yield extract(
         lab,
@@ -172,6 +206,12 @@ def _skill(lab: Laboratory) -> Iterator[Stage]:
         refinement_round=2,
         parent=FIRST_OF_TWO,
     )
+
+
+def _rival(lab: Laboratory) -> Iterator[Stage]:
+    """SEAL's search, after the skill: a vector's provenance hashes all tables of its source."""
+    if "seal" in lab.config.arms:
+        yield from seal_stages(lab)
 
 
 def _scale(lab: Laboratory) -> Iterator[Stage]:
@@ -226,6 +266,7 @@ def _evaluation(lab: Laboratory) -> Iterator[Stage]:
         "target_rl": evaluate(lab, "eval_target_rl", Knowledge(model="target_rl")),
         "passage_only": evaluate(lab, "eval_passage_only", _known(lab, "passage_only")),
         "target_sft": evaluate(lab, "eval_target_sft", target),
+        "seal": evaluate(lab, "eval_seal", seal_knowledge(lab)),
         "sequential": evaluate(
             lab, "eval_sequential", _known(lab, "sequential", init="rl_source_1")
         ),
@@ -242,6 +283,8 @@ def _evaluation(lab: Laboratory) -> Iterator[Stage]:
         dosed = Knowledge(model=dose_model(lab, steps))
         yield evaluate(lab, f"eval_dose_{steps}_sft", dosed)
         yield evaluate(lab, f"eval_dose_{steps}_past", dosed, skill=ONE_ROUND)
+    if config.evaluation.num_diagnostic_samples:
+        yield diagnose_target(lab, before=target, after=past)
     if data.HELD_OUT in data.further_domain_names(config.task):
         for label, model in FORGETTING_MODELS.items():
             yield evaluate(

@@ -33,6 +33,7 @@ ARM_LABELS = {
     "in_context": "Base, passage in prompt",
     "passage_only": "Passages alone",
     "target_sft": "Target SFT",
+    "seal": "SEAL",
     "sequential": "Sequential",
     "pre_injection": "Pre-injection",
     "past": "PaST",

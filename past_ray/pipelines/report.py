@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from past_ray.pipelines import plots
-from past_ray.pipelines.report_types import ArmResult, CosineEntry, Report
+from past_ray.pipelines.report_types import ArmResult, CosineEntry, Report, TextCounts
 from past_ray.storage import write_json, write_text
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -89,6 +89,8 @@ def render_report(report: Mapping[str, Any]) -> str:
         colours={arm: plots.ARM_COLOURS.get(arm, plots.GREY) for arm in arms},
         seed_accuracies=_accuracies_by_seed(content),
         kinds=_question_kinds(arms),
+        judge_failures=_judge_failures(arms),
+        written=_written(content),
         has_target_cost=any("seconds_per_new_target" in result for result in arms.values()),
         reference=target_sft["accuracy"] if target_sft else None,
         verdict=verdict(content),
@@ -186,6 +188,22 @@ def _interval_name(report: Report) -> str:
 def _question_kinds(arms: Mapping[str, ArmResult]) -> list[str]:
     kinds = [kind for result in arms.values() for kind in result.get("accuracy_by_kind", {})]
     return list(dict.fromkeys(kinds)) if len(set(kinds)) > 1 else []
+
+
+def _judge_failures(arms: Mapping[str, ArmResult]) -> dict[str, int]:
+    """Count ungraded answers by the label of the arm, where there are any."""
+    counts = {arm: result.get("judge_failures", 0) for arm, result in arms.items()}
+    return {plots.ARM_LABELS.get(arm, arm): count for arm, count in counts.items() if count}
+
+
+def _written(report: Report) -> dict[str, TextCounts]:
+    """Return what was written about the source and the target, where anything was."""
+    written: dict[str, TextCounts] = {}
+    if "texts_source" in report:
+        written["Source"] = report["texts_source"]
+    if "texts_target" in report:
+        written["Target"] = report["texts_target"]
+    return written
 
 
 def _heat_maps(report: Report) -> dict[str, list[CosineEntry]]:

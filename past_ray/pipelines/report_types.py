@@ -19,6 +19,8 @@ class ArmResult(TypedDict):
     """What is paid again for every target, the skill being there already."""
     truncated_frac: NotRequired[float]
     accuracy_by_kind: NotRequired[dict[str, float]]
+    judge_failures: NotRequired[int]
+    """Answers that nobody graded; they are left out of the accuracy."""
 
 
 class ScalePoint(TypedDict):
@@ -98,6 +100,79 @@ class PaperSection(TypedDict):
     rows: list[PaperRow]
     footnotes: list[str]
     differences: list[str]
+    text: NotRequired[str]
+    """The table for a terminal."""
+
+
+class ScaleChosen(TypedDict):
+    """The scale that was chosen on the validation domain."""
+
+    scale: float
+    accuracy: float
+    best_scale: float
+    reason: str
+
+
+class Ability(TypedDict):
+    """Accuracy of one ability and its interval."""
+
+    accuracy: float
+    ci95: list[float]
+
+
+class HeldOutResult(TypedDict):
+    """One model on a domain that the run does not train."""
+
+    perplexity: float | None
+    next_token_accuracy: float
+    tokens_read: int
+    tokens_scored: int
+    in_context: Ability
+    """Questions whose passage is in the prompt."""
+
+
+class Forgetting(TypedDict):
+    """What injection cost outside of all domains."""
+
+    before: HeldOutResult
+    after: HeldOutResult
+
+
+class DiagnosticResult(TypedDict):
+    """``tasks.diagnostics.DiagnosticFigures`` of one model."""
+
+    empty_frac: float
+    mean_words: float
+    repetition_frac: float
+    self_consistency: float | None
+    perplexity: float | None
+
+
+class DiagnosticSign(TypedDict):
+    """One sign that the injected model degenerates."""
+
+    sign: str
+    message: str
+
+
+class Diagnostics(TypedDict):
+    """Sampled answers to the target's questions, without and with the skill vector."""
+
+    before: DiagnosticResult
+    after: DiagnosticResult
+    warnings: list[DiagnosticSign]
+    num_questions: int
+    num_samples: int
+    perplexity_note: NotRequired[str]
+    """Why there is none."""
+
+
+class TextCounts(TypedDict):
+    """What theta_base wrote about the passages of some domains."""
+
+    texts: int
+    empty: int
+    truncated: int
 
 
 class SeedResult(TypedDict):
@@ -126,6 +201,11 @@ class Report(TypedDict):
     stage_seconds: NotRequired[dict[str, float]]
     answers: NotRequired[list[ExampleAnswers]]
     paper: NotRequired[PaperSection]
+    scale_choice: NotRequired[ScaleChosen]
+    forgetting: NotRequired[Forgetting]
+    diagnostics: NotRequired[Diagnostics]
+    texts_source: NotRequired[TextCounts]
+    texts_target: NotRequired[TextCounts]
     config: NotRequired[str]
     """The resolved configuration as YAML."""
     per_seed: NotRequired[dict[str, SeedResult]]

@@ -1,7 +1,10 @@
 """The stages that need no label of the target: the scale of v, and what injection forgets."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
 
+from past_ray.engine.perplexity import TokenNLL
+from past_ray.pipelines.data import HELD_OUT, VALIDATION
 from past_ray.pipelines.evaluation import BOOTSTRAP_SEED
 from past_ray.pipelines.laboratory import Laboratory
 from past_ray.pipelines.stages import SCALE_CHOICE, Stage, StageResult
@@ -32,7 +35,7 @@ def choose_skill_scale(lab: Laboratory) -> Stage:
             results,
             num_samples=lab.config.evaluation.num_bootstrap,
             seed=BOOTSTRAP_SEED,
-            passage_of=lab.domain("validation", texts=None).passage_of,
+            passage_of=lab.domain(VALIDATION, texts=None).passage_of,
         )
         return asdict(choice)
 
@@ -43,16 +46,7 @@ def measure_forgetting(lab: Laboratory, *, models: dict[str, str]) -> Stage:
     """Perplexity and next-token accuracy of each model on text that no domain of the run has."""
 
     def work() -> StageResult:
-        lab.close_session()
-        lab.close_answers()
-        runtime = lab.config.runtime
-        figures = token_nll_of_models(
-            {label: lab.model(name) for label, name in models.items()},
-            lab.domain("held_out", texts=None).documents["text"].to_pylist(),
-            max_length=MAX_WINDOW,
-            batch_tokens=TOKENS_AT_ONCE,
-            resources={"CPU": runtime.cpus_per_sft_worker, "GPU": float(runtime.use_gpu)},
-        )
+        figures = score_documents(lab, models, domain=HELD_OUT, max_length=MAX_WINDOW)
         return {
             label: {
                 "perplexity": figure.perplexity,
@@ -64,3 +58,18 @@ def measure_forgetting(lab: Laboratory, *, models: dict[str, str]) -> Stage:
         }
 
     return Stage(name="forgetting", work=work)
+
+
+def score_documents(
+    lab: Laboratory, models: Mapping[str, str], *, domain: str, max_length: int
+) -> dict[str, TokenNLL]:
+    """How well each model predicts the documents of ``domain``; all engines end before."""
+    lab.close_engines()
+    runtime = lab.config.runtime
+    return token_nll_of_models(
+        {label: lab.model(name) for label, name in models.items()},
+        lab.domain(domain, texts=None).documents["text"].to_pylist(),
+        max_length=max_length,
+        batch_tokens=TOKENS_AT_ONCE,
+        resources={"CPU": runtime.cpus_per_sft_worker, "GPU": float(runtime.use_gpu)},
+    )

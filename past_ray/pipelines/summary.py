@@ -8,7 +8,10 @@ from typing import Any
 from past_ray.build_info import git_commit, versions
 from past_ray.config.loading import dump_config
 from past_ray.pipelines.comparison import compare_with_paper
+from past_ray.pipelines.diagnosis import DIAGNOSTICS
 from past_ray.pipelines.laboratory import Laboratory
+from past_ray.pipelines.seal import seal_figures
+from past_ray.pipelines.self_edits import PREFIX as SEAL_ROUNDS
 from past_ray.pipelines.stages import SCALE_CHOICE, Stage, StageResult
 from past_ray.skill.checkpoint import load_weights
 from past_ray.skill.geometry import (
@@ -24,6 +27,7 @@ ADAPTATION_STAGES: dict[str, tuple[str, ...]] = {
     "in_context": (),
     "passage_only": ("passage_only",),
     "target_sft": ("sft_target",),
+    "seal": ("texts_seal", "seal"),
     "sequential": ("sft_source_1", "rl_source_1", "sequential"),
     "pre_injection": (
         "sft_source_1",
@@ -44,7 +48,7 @@ ADAPTATION_STAGES: dict[str, tuple[str, ...]] = {
     ),
     "target_rl": ("sft_target", "target_rl"),
 }
-"""Stages behind each arm; their seconds are the arm's cost."""
+"""Stages behind each arm, for SEAL besides its rounds; their seconds are the arm's cost."""
 
 SOURCE_STAGES = {
     "sft_source_1",
@@ -60,7 +64,7 @@ SOURCE_STAGES = {
 }
 """Paid once for all targets; the others are paid for every new target."""
 
-TEXT_ARMS = ADAPTATION_STAGES.keys() - {"base", "in_context", "passage_only"}
+TEXT_ARMS = ADAPTATION_STAGES.keys() - {"base", "in_context", "passage_only", "seal"}
 """Arms that train on texts which theta_base wrote, where it writes any; all but target SFT and RL
 on the target use the source's too."""
 
@@ -144,6 +148,7 @@ def summarise(lab: Laboratory) -> dict[str, Any]:
         "stage_seconds": seconds,
         "answers": _answers(lab, evaluations),
         **_optional(lab),
+        **(seal_figures(lab) if "seal" in config.arms else {}),
         **({"paper": paper, "differences_from_paper": paper["differences"]} if paper else {}),
         "config": dump_config(config),
     }
@@ -151,7 +156,7 @@ def summarise(lab: Laboratory) -> dict[str, Any]:
 
 def _optional(lab: Laboratory) -> dict[str, Any]:
     """Figures that only some runs have."""
-    names = [SCALE_CHOICE, "forgetting", *TEXT_STAGES]
+    names = [SCALE_CHOICE, "forgetting", DIAGNOSTICS, *TEXT_STAGES]
     found = {name: lab.run.finished(name) for name in names}
     figures = {name: result for name, result in found.items() if result is not None}
     for label, result in figures.get("forgetting", {}).items():
@@ -179,9 +184,10 @@ def _arm(arm: str, evaluation: StageResult, seconds: dict[str, float]) -> dict[s
     if arm in TEXT_ARMS:
         needed = TEXT_STAGES[1:] if arm in ("target_sft", "target_rl") else TEXT_STAGES
         stages += [stage for stage in needed if stage in seconds]
+    search = [stage for stage in seconds if arm == "seal" and stage.startswith(SEAL_ROUNDS)]
     return {
         **figures,
-        "seconds": sum(seconds[stage] for stage in stages),
+        "seconds": sum(seconds[stage] for stage in (*search, *stages)),
         "seconds_per_new_target": sum(seconds[s] for s in stages if s not in SOURCE_STAGES),
     }
 

@@ -47,6 +47,7 @@ def base(tmp_path_factory):
 @pytest.fixture(scope="module")
 def one_by_one(base, tmp_path_factory):
     """Folder of the adapters as a trainer without Ray makes them, and their trainings."""
+    torch.set_num_threads(1)  # as in the workers; another number rounds otherwise
     folder = tmp_path_factory.mktemp("one")
     trainer = PassageTrainer(base, CONFIG, base_hash=hash_weights(base), device="cpu")
     return folder, [trainer.train(job.examples, folder / job.passage_id) for job in JOBS]

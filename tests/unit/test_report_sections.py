@@ -1,5 +1,6 @@
 """The sections and the terminal table that only some runs have."""
 
+import functools
 import re
 from html import unescape
 
@@ -73,6 +74,11 @@ def real_text_report(**changes):
     )
 
 
+@functools.cache
+def real_text_page():
+    return render_report(real_text_report())
+
+
 def text_of(html):
     """Words of the page after the styles, without tags, white space made one blank."""
     words = re.sub(r"<svg.*?</svg>|<[^>]*>", " ", html[html.index("<body>") :], flags=re.DOTALL)
@@ -80,7 +86,7 @@ def text_of(html):
 
 
 def test_real_text_has_sections_of_its_own_on_one_well_formed_page():
-    html = render_report(real_text_report())
+    html = real_text_page()
     assert headings(html) == [
         "Arms",
         "Beside the paper",
@@ -101,7 +107,7 @@ def test_real_text_has_sections_of_its_own_on_one_well_formed_page():
 
 
 def test_chosen_scale_is_named_with_its_reason():
-    page = text_of(render_report(real_text_report()))
+    page = text_of(real_text_page())
     assert "with a scale of \u03bb = 0.75, chosen on a validation domain" in page
     assert "scale 1 has the best validation accuracy (61.0%)." in page
     assert "never tunes it" not in page
@@ -114,14 +120,14 @@ def test_chosen_scale_is_named_without_a_sweep_too():
 
 
 def test_forgetting_stands_before_and_after_and_a_missing_perplexity_is_a_dash():
-    page = text_of(render_report(real_text_report()))
+    page = text_of(real_text_page())
     assert "Perplexity 20.50 \u2013 Next token right (%) 50.0 50.0" in page
     assert "passage in prompt (%) 40.0 30.0 to 50.0 30.0 20.0 to 40.0" in page
     assert "Tokens scored 4,096 4,096" in page
 
 
 def test_diagnostics_show_their_warnings_and_both_models():
-    html = render_report(real_text_report())
+    html = real_text_page()
     page = text_of(html)
     assert "Warning: repeated <4-grams>" in page
     assert "repeated &lt;4-grams&gt;" in html
@@ -144,7 +150,7 @@ def test_diagnostics_without_warnings_say_so_and_why_there_is_no_perplexity():
 
 
 def test_arms_that_the_judge_failed_on_are_named_and_no_others():
-    page = text_of(render_report(real_text_report()))
+    page = text_of(real_text_page())
     assert (
         "The judge failed on some answers, which are left out of the accuracy above: PaST 3."
         in (page)
@@ -153,7 +159,7 @@ def test_arms_that_the_judge_failed_on_are_named_and_no_others():
 
 
 def test_written_texts_are_counted_with_those_that_were_dropped_or_cut_off():
-    page = text_of(render_report(real_text_report()))
+    page = text_of(real_text_page())
     assert "Domain Texts Empty Cut off Source 31 1 7 Target 40 0 9" in page
 
 
