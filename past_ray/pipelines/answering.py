@@ -74,7 +74,7 @@ def evaluate(
             answers,
             num_bootstrap=lab.config.evaluation.num_bootstrap,
             kind_of=lambda question_id: question_kind(lab.config.task, question_id),
-            passage_of=None if lab.config.task.kind == "world" else tables.passage_of,
+            passage_of=None if lab.config.task.kind == "world" else tables.resampled_by,
         )
         lab.show_step(1, result)
         return result

@@ -35,7 +35,7 @@ def compare_with_paper(
         },
         num_bootstrap=config.evaluation.num_bootstrap,
         seed=BOOTSTRAP_SEED,
-        passage_of=target.passage_of,
+        passage_of=target.resampled_by,
     )
     ours = Setup(
         model=_model_name(config),

@@ -118,6 +118,11 @@ class Domain:
         }
 
     @property
+    def resampled_by(self) -> dict[str, str] | None:
+        """``passage_of`` for intervals over whole passages; None where there is only one."""
+        return self.passage_of if len(self.documents) > 1 else None
+
+    @property
     def passage_of(self) -> dict[str, str]:
         """Id of the passage that each question is about, by the question's id."""
         columns = self.questions.to_pydict()

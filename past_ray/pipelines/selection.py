@@ -35,7 +35,7 @@ def choose_skill_scale(lab: Laboratory) -> Stage:
             results,
             num_samples=lab.config.evaluation.num_bootstrap,
             seed=BOOTSTRAP_SEED,
-            passage_of=lab.domain(VALIDATION, texts=None).passage_of,
+            passage_of=lab.domain(VALIDATION, texts=None).resampled_by,
         )
         return asdict(choice)
 

@@ -60,12 +60,14 @@ def test_each_text_is_followed_by_its_passage(prepare):
     assert domain.documents["doc_id"].to_pylist() == ["target-0000", "target-0001"]
     assert domain.written["doc_id"].to_pylist() == ["target-0000#1", "target-0001#1"]
     assert set(domain.passage_of.values()) == {"target-0000", "target-0001"}
+    assert domain.resampled_by == domain.passage_of
 
 
 def test_without_texts_passages_are_alone(prepare):
     prepare({"source": ["A"], "target": ["B"]}, num_completions=1)
     domain = prepare({"source": ["A"], "target": ["B"]}, num_completions=0)("target")
     assert domain.sequences == ["B\nAbout B."]
+    assert domain.resampled_by is None
     with_texts = prepare({"source": ["A"], "target": ["B"]}, num_completions=1)
     assert with_texts("target", texts=None).sequences == ["B\nAbout B."]
 
