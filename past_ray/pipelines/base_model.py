@@ -15,8 +15,6 @@ from past_ray.runtime.sft_trainer import train_sft
 from past_ray.sft.examples import SFTExample, chat_example, document_examples
 from past_ray.tasks import world
 
-__all__ = ["cached_base", "prepare_base"]
-
 OnStep = Callable[[Mapping[str, float]], None]
 
 

@@ -50,7 +50,7 @@ from past_ray.tasks.passages import (
     passage_rows,
     question_rows,
 )
-from past_ray.tasks.prompts import qa_examples
+from past_ray.tasks.prompts import PromptStyle, qa_examples
 from past_ray.tasks.splits import Split, preset_split, selected
 from past_ray.tasks.tables import (
     read_documents,
@@ -69,8 +69,6 @@ DOCUMENTS, GIVEN, QUESTIONS, RL_QUESTIONS = (
 )
 WINDOWS, PAIRS = "windows", "pairs.parquet"
 TARGET, VALIDATION, HELD_OUT = "target", "validation", "held_out"
-
-PromptStyle = Literal["bare", "topic", "in_context"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,9 +17,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from past_ray.config.experiment import ExperimentConfig
 from past_ray.config.judge import RuleJudgeConfig
 from past_ray.engine.judge import RuleJudge
+from past_ray.engine.model_cache import cached_base
 from past_ray.envs.chat import chat_codec
 from past_ray.envs.closed_book_qa import JudgedQA
-from past_ray.pipelines.base_model import cached_base
 from past_ray.pipelines.data import GIVEN, QUESTIONS, Domain, load_domain
 from past_ray.pipelines.progress import ProgressDisplay
 from past_ray.pipelines.stages import SCALE_CHOICE, RunDirectory, Stage, StageResult
